@@ -1,0 +1,34 @@
+//! Numbers only: codebooks, blockwise quantization, double quantization, packing. No I/O, no Python, no CUDA.
+//!
+//! A weight of shape (experts, rows, columns) is cut along its rows into blocks of `block_size`; a block never crosses
+//! a row. Scalar code is the truth; [`simd`] gives the same bits faster.
+
+#[cfg(not(target_arch = "x86_64"))]
+compile_error!("qlora-core supports x86-64 only");
+
+pub mod codebook;
+pub mod control;
+pub mod dequantize;
+pub mod double_quant;
+pub mod dynamic_map;
+pub mod error;
+pub mod float;
+pub mod layout;
+pub mod pack;
+pub mod parallel;
+pub mod quantize;
+pub mod simd;
+pub mod spec;
+
+pub use codebook::Codebook;
+pub use control::Control;
+pub use dequantize::{Scales, dequantize};
+pub use double_quant::double_quantize;
+pub use dynamic_map::dynamic_map_signed;
+pub use error::CoreError;
+pub use float::{FloatType, Floats, FloatsMut};
+pub use layout::{Layout, NESTED_BLOCK_SIZE};
+pub use parallel::Parallel;
+pub use quantize::{Nonfinite, quantize};
+pub use simd::{SimdLevel, simd_level};
+pub use spec::{BLOCK_SIZES, QuantSpec, QuantType};

@@ -1,0 +1,75 @@
+//! SHA-256 of the source files, on a thread of its own between reading and quantizing.
+
+use std::sync::mpsc::{Receiver, SyncSender};
+
+use sha2::{Digest, Sha256};
+
+use crate::error::CheckpointError;
+use crate::reader::{Event, Slice};
+
+/// What the hasher hands on.
+#[derive(Debug)]
+pub enum Hashed {
+    /// The next bytes of the data.
+    Slice(Slice),
+    /// A file is over; its SHA-256 in hexadecimal.
+    Digest(String),
+}
+
+/// Hash what comes in and hand it on; ends, in silence, once either end is gone.
+pub fn hash_all(
+    incoming: Receiver<Result<Event, CheckpointError>>,
+    outgoing: &SyncSender<Result<Hashed, CheckpointError>>,
+) {
+    let mut hash = Sha256::new();
+    for event in incoming {
+        let hashed = match event {
+            Ok(Event::Front(bytes)) => {
+                hash.update(&bytes);
+                continue;
+            }
+            Ok(Event::Slice(slice)) => {
+                hash.update(slice.buffer.filled());
+                Ok(Hashed::Slice(slice))
+            }
+            Ok(Event::End) => Ok(Hashed::Digest(hexadecimal(&hash.finalize_reset()))),
+            Err(error) => Err(error),
+        };
+        if outgoing.send(hashed).is_err() {
+            return;
+        }
+    }
+}
+
+fn hexadecimal(bytes: &[u8]) -> String {
+    let nibbles = bytes.iter().flat_map(|byte| [byte >> 4, byte & 15]);
+    nibbles.map(|nibble| char::from(b"0123456789abcdef"[usize::from(nibble)])).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::mpsc;
+
+    use super::*;
+
+    #[test]
+    fn each_file_gets_its_own_digest_of_all_its_bytes() {
+        let (events, incoming) = mpsc::sync_channel(8);
+        let (outgoing, results) = mpsc::sync_channel(8);
+        for event in [Event::Front(b"a".to_vec()), Event::Front(b"bc".to_vec()), Event::End, Event::End] {
+            events.send(Ok(event)).expect("room");
+        }
+        drop(events);
+        hash_all(incoming, &outgoing);
+        drop(outgoing);
+        let digests: Vec<String> = results
+            .iter()
+            .map(|result| match result {
+                Ok(Hashed::Digest(digest)) => digest,
+                other => panic!("{other:?}"),
+            })
+            .collect();
+        assert_eq!(digests[0], "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad");
+        assert_eq!(digests[1], "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855");
+    }
+}

@@ -1,0 +1,38 @@
+//! `qlora_rs._core`: what Python sees of the Rust crates. Holds no logic.
+
+mod boundary;
+mod checkpoint;
+mod device;
+mod quantize;
+mod spec;
+
+use pyo3::prelude::*;
+
+/// The extension module: private, re-exported under better names by the Python package.
+#[pymodule]
+mod _core {
+    use super::PyModule;
+    use super::PyResult;
+    use super::{Bound, PyModuleMethods};
+
+    #[pymodule_export]
+    use super::checkpoint::{pack_checkpoint, read_header};
+    #[pymodule_export]
+    use super::device::driver_probe;
+    #[pymodule_export]
+    use super::quantize::{dequantize, double_quantize, dynamic_map, quantize, simd_level};
+    #[pymodule_export]
+    use super::spec::Spec;
+
+    #[pymodule_export]
+    #[allow(non_upper_case_globals)]
+    const __version__: &str = env!("CARGO_PKG_VERSION");
+    #[pymodule_export]
+    const NESTED_BLOCK_SIZE: usize = qlora_core::NESTED_BLOCK_SIZE;
+
+    #[pymodule_init]
+    fn init(module: &Bound<'_, PyModule>) -> PyResult<()> {
+        module.add("QUANT_TYPES", super::spec::quant_types())?;
+        module.add("BLOCK_SIZES", super::spec::block_sizes())
+    }
+}

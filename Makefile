@@ -1,0 +1,123 @@
+# Everything a contributor types. Each target installs what it needs into .venv; `make help` lists them.
+
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+MAKEFLAGS += --no-builtin-rules
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# The path leads it to the venv's zig, with which wheels are linked.
+MATURIN := PATH="$(abspath $(BIN)):$$PATH" VIRTUAL_ENV="$(abspath $(VENV))" maturin
+PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
+EXTENSION := python/qlora_rs/_core.abi3.so
+STUBS := python/qlora_rs/_core.pyi
+RUST_SOURCES := Cargo.toml Cargo.lock $(shell find rust -name '*.rs' -o -name Cargo.toml)
+DEMO_FILES := .cache/models/smollm2-135m-instruct .cache/data/chitchat
+
+# Nothing here may look for a hub: models and texts come from PyPI packages.
+export HF_HUB_OFFLINE := 1
+
+.PHONY: help setup demo test test-rust test-python test-gpu lint format generate check-generated wheel bench clean
+
+help: ## this list
+	@echo "usage: make TARGET"
+	@awk -F':.*## ' '/^[a-z-]+:.*## / { printf "  %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup: $(VENV)/dev.stamp ## make .venv with the library and everything that tests and lints need
+
+demo: $(VENV)/demo.stamp $(DEMO_FILES) ## quantize a real model, fine-tune it, show both (results: demo-output/)
+	@$(BIN)/python examples/demo.py
+
+test: test-rust test-python ## all tests that run on a plain CPU
+
+test-rust: $(VENV)/made.stamp ## only the tests of the Rust crates
+	cargo test --workspace --locked
+
+test-python: $(VENV)/dev.stamp $(DEMO_FILES) ## only the Python tests (pass more with ARGS='-k name')
+	$(BIN)/python -m pytest -m 'not gpu and not slow' $(ARGS)
+
+test-gpu: $(VENV)/dev.stamp $(DEMO_FILES) ## the tests that need a CUDA device (skipped with the reason where there is none)
+	@$(BIN)/python -m pytest -m gpu $(ARGS) || { status=$$?; \
+		[ $$status -eq 5 ] && echo "no test is marked 'gpu' yet: there are no device kernels yet" || exit $$status; }
+
+lint: $(VENV)/dev.stamp ## formatting, clippy, ruff, mypy, and the stubs against the extension
+	cargo fmt --all --check
+	cargo clippy --workspace --all-targets --locked -- -D warnings
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy --strict python/qlora_rs
+	$(BIN)/python -m mypy.stubtest qlora_rs._core --allowlist <(echo 'qlora_rs\._core\.__all__')
+
+format: $(VENV)/dev.stamp ## format Rust and Python in place
+	cargo fmt --all
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# The stubs are read off the extension's own type information, then laid out like the rest of the code. What it cannot
+# say is said here: the keys of dicts, and the two lists that the module's init adds (for which it writes a catch-all).
+define write_stubs
+	@rm -rf build/stubs
+	$(MATURIN) generate-stubs --quiet --manifest-path rust/py/Cargo.toml --out build/stubs
+	@sed -i -e 's/-> dict:/-> dict[str, Any]:/' \
+		-e 's/^def __getattr__.*/BLOCK_SIZES: Final[list[int]]\nQUANT_TYPES: Final[list[str]]/' build/stubs/qlora_rs/_core.pyi
+	@$(BIN)/ruff check --quiet --fix --select I,F401 build/stubs
+	@$(BIN)/ruff format --quiet build/stubs
+endef
+
+generate: $(VENV)/dev.stamp ## remake the committed files that a program writes
+	$(write_stubs)
+	cp build/stubs/qlora_rs/_core.pyi $(STUBS)
+
+check-generated: $(VENV)/dev.stamp ## fail where a committed generated file is not what `make generate` makes
+	$(write_stubs)
+	@diff -u $(STUBS) build/stubs/qlora_rs/_core.pyi || { echo "error: $(STUBS) is stale; hint: make generate"; exit 1; }
+
+wheel: $(VENV)/dev.stamp ## build the wheel for CPython 3.10+ on Linux x86-64 into dist/
+	@$(PIP) install --quiet 'ziglang>=0.13'
+	$(MATURIN) build --release --locked --zig --compatibility manylinux2014 --out dist
+	@ls -l dist/*.whl
+
+bench: $(VENV)/bench.stamp $(DEMO_FILES) ## print the benchmark tables (about 15 minutes, 11 GB of free disk)
+	$(BIN)/python benchmarks/import_time.py
+	$(BIN)/python benchmarks/cpu_quantize.py
+	$(BIN)/python benchmarks/perplexity_parity.py
+	$(BIN)/python benchmarks/stream_quantize.py
+
+clean: ## delete what was built (keeps .venv and the downloads in .cache)
+	rm -rf target build dist demo-output $(EXTENSION) $(VENV)/demo.stamp
+
+# --- set-up -----------------------------------------------------------------------------------------------------
+
+.cache/models/%: examples/prepare_demo.py | $(VENV)/demo.stamp
+	@$(BIN)/python examples/prepare_demo.py --model && touch $@
+
+.cache/data/%: examples/prepare_demo.py | $(VENV)/demo.stamp
+	@$(BIN)/python examples/prepare_demo.py --data && touch $@
+
+# A torch that the machine's own Python already has is used: it may be made for that machine's hardware, and it is large.
+$(VENV)/made.stamp:
+	@.ci/check-tools $(PYTHON)
+	@if $(PYTHON) -c 'import importlib.metadata as m; v = m.version("torch").split("."); \
+			raise SystemExit((int(v[0]), int(v[1])) < (2, 6))' 2>/dev/null; \
+		then flags=--system-site-packages; else flags=; fi; \
+		echo "making $(VENV) $$flags"; $(PYTHON) -m venv $$flags $(VENV)
+	@$(PIP) install --quiet --upgrade 'pip>=25.1' 'maturin>=1.9,<2'
+	@touch $@
+
+# maturin installs the package's dependencies, extras and groups as it installs the package itself.
+$(VENV)/demo.stamp: $(VENV)/made.stamp pyproject.toml $(RUST_SOURCES)
+	@echo "building the extension and installing what the demo needs (the first time takes minutes)"
+	$(MATURIN) develop --release --locked --quiet --extras demo
+	@touch $@
+
+$(VENV)/dev.stamp: $(VENV)/made.stamp pyproject.toml | $(VENV)/demo.stamp
+	@echo "installing what tests and lints need"
+	$(PIP) install --quiet --group test --group lint 'peft>=0.17,<1'
+	@touch $@
+
+$(VENV)/bench.stamp: $(VENV)/made.stamp pyproject.toml | $(VENV)/dev.stamp
+	$(PIP) install --quiet --group bench
+	@touch $@

@@ -1,0 +1,127 @@
+"""
+The extension module: private, re-exported under better names by the Python package.
+"""
+
+from os import PathLike
+from typing import Any, Final, SupportsFloat, SupportsIndex, final
+
+from _typeshed import SupportsGetItem
+
+NESTED_BLOCK_SIZE: Final[int]
+__version__: Final[str]
+
+@final
+class Spec:
+    """
+    How weights become codes; made once, valid from then on.
+    """
+    def __new__(
+        cls,
+        /,
+        quant_type: str,
+        block_size: SupportsIndex,
+        double_quant: bool,
+        codebook: SupportsGetItem[int, SupportsFloat | SupportsIndex] | None = None,
+    ) -> Spec: ...
+    @property
+    def bits(self, /) -> int:
+        """
+        Bits that one code takes in storage: 4 or 8.
+        """
+    @property
+    def values(self, /) -> list[float]:
+        """
+        The table, indexed by code.
+        """
+    @property
+    def zero_code(self, /) -> int:
+        """
+        Code of the value nearest zero.
+        """
+
+def dequantize(
+    spec: Spec,
+    *,
+    layout: tuple[SupportsIndex, SupportsIndex, SupportsIndex],
+    codes: tuple[SupportsIndex, SupportsIndex],
+    absmax: tuple[SupportsIndex, SupportsIndex],
+    scale: tuple[SupportsIndex, SupportsIndex] | None,
+    offset: tuple[SupportsIndex, SupportsIndex] | None,
+    out: tuple[SupportsIndex, SupportsIndex],
+    dtype: SupportsIndex,
+    num_threads: SupportsIndex,
+) -> None:
+    """
+    Dequantize into `out` (elements of `dtype`). With `scale` and `offset` the `absmax` are 8-bit codes, else float32.
+    """
+
+def double_quantize(
+    spec: Spec,
+    *,
+    layout: tuple[SupportsIndex, SupportsIndex, SupportsIndex],
+    absmax: tuple[SupportsIndex, SupportsIndex],
+    codes: tuple[SupportsIndex, SupportsIndex],
+    scale: tuple[SupportsIndex, SupportsIndex],
+    offset: tuple[SupportsIndex, SupportsIndex],
+    num_threads: SupportsIndex,
+) -> None:
+    """
+    Quantize the float32 scales of each expert to 8-bit codes, group scales and an offset.
+    """
+
+def driver_probe() -> dict[str, Any]:
+    """
+    `{"available", "reason", "driver_version", "devices"}`; `reason` says why no device can be used.
+    """
+
+def dynamic_map() -> list[float]:
+    """
+    The 256 float32 values of the signed 8-bit dynamic map, which double quantization uses.
+    """
+
+def pack_checkpoint(
+    spec: Spec,
+    *,
+    source: str | PathLike[str],
+    files: SupportsGetItem[int, str],
+    packed: SupportsGetItem[int, str],
+    destination: str | PathLike[str] | None,
+    max_shard_size: SupportsIndex,
+    slice_bytes: SupportsIndex,
+    num_threads: SupportsIndex,
+    progress: Any | None,
+) -> dict[str, Any]:
+    """
+    Quantize the tensors named `packed` of `files` in the folder `source`, copy the others, and write safetensors files
+    into the existing folder `destination`; with none, only plan.
+
+    Returns `{"shards": [{"name", "tensors": [(name, dtype, shape, start, end), ...]}, ...], "source_sha256": {file: hex}}`.
+    """
+
+def quantize(
+    spec: Spec,
+    *,
+    layout: tuple[SupportsIndex, SupportsIndex, SupportsIndex],
+    source: tuple[SupportsIndex, SupportsIndex],
+    dtype: SupportsIndex,
+    codes: tuple[SupportsIndex, SupportsIndex],
+    absmax: tuple[SupportsIndex, SupportsIndex],
+    check_finite: bool,
+    num_threads: SupportsIndex,
+) -> None:
+    """
+    Quantize `source` (elements of `dtype`: 0 float32, 1 bfloat16, 2 float16) into `codes` (bytes) and `absmax` (float32).
+    """
+
+def read_header(path: str | PathLike[str]) -> dict[str, Any]:
+    """
+    `{"metadata": {...}, "tensors": [(name, dtype, shape, start, end), ...]}` of a safetensors file, in data order.
+    """
+
+def simd_level() -> str:
+    """
+    The instruction set that the kernels use here: "scalar", "avx2" or "avx512" (`QLORA_RS_SIMD` lowers it).
+    """
+
+BLOCK_SIZES: Final[list[int]]
+QUANT_TYPES: Final[list[str]]

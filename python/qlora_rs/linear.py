@@ -1,0 +1,154 @@
+"""`Linear4bit`: a Linear layer whose weight is packed and frozen."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from qlora_rs.packed import FLOAT_DTYPES, PackedShapes, PackedTensor
+from qlora_rs.quantization import dequantize, quantize
+from qlora_rs.spec import QuantSpec
+
+
+class Linear4bit(nn.Linear):
+    """``y = x W^T + b`` over a quantized, frozen W of shape (out, in).
+
+    All tensors of the weight are ordinary parameters of integer dtype with ``requires_grad=False``: ``weight`` uint8
+    ``[out, ceil(in/2)]`` (8-bit types ``[out, in]``), ``weight_absmax`` uint8 codes when doubly quantized, else the
+    float32 bits as int32, ``[out, ceil(in/block)]``; doubly quantized also ``weight_absmax_scale`` int32
+    ``[ceil(blocks/256)]`` and ``weight_absmax_offset`` int32 ``[1]``. Being integers they survive ``.to(dtype)``,
+    ``state_dict``, ``deepcopy`` and sharding unchanged, and the packed file holds exactly these names.
+
+    Gradients reach x and the bias, never the weight; the backward pass dequantizes again, so only packed tensors
+    are kept between forward and backward.
+
+    Args:
+        in_features: length of a row of W.
+        out_features: number of rows of W.
+        bias: whether there is a bias (a float parameter of ``float_dtype``).
+        spec: how the weight is quantized.
+        float_dtype: what was quantized, and the default of `dequantize`.
+        device: where the (uninitialised) parameters are made; ``"meta"`` makes shapes only.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        spec: QuantSpec | None = None,
+        *,
+        float_dtype: torch.dtype = torch.bfloat16,
+        device: torch.device | str | None = None,
+    ) -> None:
+        nn.Module.__init__(self)  # nn.Linear's own would allocate and initialise a float weight
+        if float_dtype not in FLOAT_DTYPES:
+            raise ValueError(f"float_dtype is float32, bfloat16 or float16; got {float_dtype}")
+        self.in_features = in_features
+        self.out_features = out_features
+        self.spec = QuantSpec() if spec is None else spec
+        self.float_dtype = float_dtype
+        self._codebook = None if self.spec.codebook is None else list(self.spec.codebook)
+
+        shapes = PackedShapes.of((out_features, in_features), self.spec)
+        nested = self.spec.double_quant
+        self.weight = _frozen(torch.empty(shapes.codes, dtype=torch.uint8, device=device))
+        absmax_dtype = torch.uint8 if nested else torch.int32
+        self.weight_absmax = _frozen(torch.empty(shapes.absmax, dtype=absmax_dtype, device=device))
+        self.weight_absmax_scale: nn.Parameter | None
+        self.weight_absmax_offset: nn.Parameter | None
+        for name, shape in (
+            ("weight_absmax_scale", shapes.absmax_scale),
+            ("weight_absmax_offset", shapes.absmax_offset),
+        ):
+            bits = _frozen(torch.empty(shape, dtype=torch.int32, device=device)) if nested else None
+            self.register_parameter(name, bits)
+        bias_parameter = _frozen(torch.zeros(out_features, dtype=float_dtype, device=device)) if bias else None
+        self.register_parameter("bias", bias_parameter)
+
+    @classmethod
+    def from_float(cls, linear: nn.Linear, spec: QuantSpec | None = None, *, nonfinite: str = "raise") -> Linear4bit:
+        """Quantize a float Linear layer; the bias parameter is taken over as it is.
+
+        Raises:
+            NonFiniteError: the weight holds NaN or Inf.
+            TypeError: the layer's weight is not float32, bfloat16 or float16.
+        """
+        return cls.from_packed(quantize(linear.weight, spec, nonfinite=nonfinite), linear.bias)
+
+    @classmethod
+    def from_packed(cls, packed: PackedTensor, bias: nn.Parameter | Tensor | None = None) -> Linear4bit:
+        """A layer over an existing packed 2-D weight, sharing its memory."""
+        if len(packed.shape) != 2:
+            raise ValueError(f"a Linear weight has two dimensions; got shape {list(packed.shape)}")
+        rows, columns = packed.shape
+        layer = cls(columns, rows, False, packed.spec, float_dtype=packed.dtype, device="meta")
+        layer.weight = _frozen(packed.codes)
+        layer.weight_absmax = _frozen(_as_bits(packed.absmax))
+        if packed.absmax_scale is not None and packed.absmax_offset is not None:
+            layer.weight_absmax_scale = _frozen(_as_bits(packed.absmax_scale))
+            layer.weight_absmax_offset = _frozen(_as_bits(packed.absmax_offset))
+        if bias is not None:
+            layer.bias = bias if isinstance(bias, nn.Parameter) else _frozen(bias)
+        return layer
+
+    def packed(self) -> PackedTensor:
+        """The weight as a value, sharing this layer's memory."""
+        scale, offset = self.weight_absmax_scale, self.weight_absmax_offset
+        return PackedTensor(
+            codes=self.weight.detach(),
+            absmax=_as_float(self.weight_absmax),
+            absmax_scale=None if scale is None else _as_float(scale),
+            absmax_offset=None if offset is None else _as_float(offset),
+            spec=self.spec,
+            shape=(self.out_features, self.in_features),
+            dtype=self.float_dtype,
+        )
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The weight as a float tensor (out, in), in ``float_dtype`` unless another is asked for."""
+        return dequantize(self.packed(), dtype)
+
+    @property
+    def W_q(self) -> Tensor:
+        """The packed codes, under the name that PEFT's DoRA path looks for."""
+        return self.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x of shape (..., in), float32, bfloat16 or float16 (under autocast its type) -> (..., out) in that type."""
+        y: Tensor = torch.ops.qlora_rs.linear(
+            x,
+            self.weight,
+            self.weight_absmax,
+            self.weight_absmax_scale,
+            self.weight_absmax_offset,
+            self.in_features,
+            self.spec.quant_type,
+            self.spec.block_size,
+            self._codebook,
+            self.bias,
+        )
+        return y
+
+    def reset_parameters(self) -> None:
+        """Nothing to draw: a packed weight is loaded or quantized, never initialised."""
+
+    def extra_repr(self) -> str:
+        """``in_features=..., out_features=..., bias=..., nf4, block_size=64, double_quant=True``."""
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
+            f"{self.spec.describe()}"
+        )
+
+
+def _frozen(tensor: Tensor) -> nn.Parameter:
+    return nn.Parameter(tensor, requires_grad=False)
+
+
+def _as_bits(tensor: Tensor) -> Tensor:
+    return tensor.view(torch.int32) if tensor.dtype == torch.float32 else tensor
+
+
+def _as_float(tensor: Tensor) -> Tensor:
+    detached = tensor.detach()
+    return detached.view(torch.float32) if detached.dtype == torch.int32 else detached

@@ -1,0 +1,231 @@
+"""The torch operators `qlora_rs::*`: schema, fake implementation, kernels, autograd, autocast.
+
+Scales may come as float32 or as the same bits in int32, which is how modules hold them: an integer tensor is left
+alone by autocast and by ``.to(dtype)``. A weight is doubly quantized iff ``absmax_scale`` is given.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qlora_rs import _bridge
+from qlora_rs.packed import FLOAT_DTYPES, PackedShapes
+from qlora_rs.spec import QuantSpec
+
+DEVICES = ("cpu", "meta")
+
+_library = torch.library.Library("qlora_rs", "DEF")
+_PACKED = "Tensor codes, Tensor absmax, Tensor? absmax_scale, Tensor? absmax_offset, SymInt columns"
+_SPEC = "str quant_type, int block_size, float[]? codebook"
+_library.define(
+    "quantize(Tensor weight, str quant_type, int block_size, bool double_quant, float[]? codebook, "
+    "bool check_finite) -> (Tensor, Tensor, Tensor, Tensor)"
+)
+_library.define(f"dequantize({_PACKED}, {_SPEC}, ScalarType dtype) -> Tensor")
+_library.define(f"linear(Tensor x, {_PACKED}, {_SPEC}, Tensor? bias) -> Tensor")
+_library.define(f"linear_backward(Tensor grad, {_PACKED}, {_SPEC}) -> Tensor")
+
+
+@lru_cache(maxsize=256)
+def _spec(quant_type: str, block_size: int, double_quant: bool, codebook: tuple[float, ...] | None) -> QuantSpec:
+    return QuantSpec(quant_type, block_size, double_quant, codebook)
+
+
+def _checked(
+    codes: Tensor,
+    absmax: Tensor,
+    absmax_scale: Tensor | None,
+    absmax_offset: Tensor | None,
+    columns: int,
+    quant_type: str,
+    block_size: int,
+    codebook: Sequence[float] | None,
+) -> QuantSpec:
+    """The spec, once every part is known to have the shape and type that the kernels rely on."""
+    if (absmax_scale is None) != (absmax_offset is None):
+        raise ValueError("absmax_scale and absmax_offset come together or not at all")
+    nested = absmax_scale is not None
+    spec = _spec(quant_type, block_size, nested, None if codebook is None else tuple(codebook))
+    shapes = PackedShapes.of((*codes.shape[:-1], columns), spec)
+    scales = (torch.float32, torch.int32)
+    _expect("codes", codes, (torch.uint8,), shapes.codes)
+    _expect("absmax", absmax, (torch.uint8,) if nested else scales, shapes.absmax)
+    if absmax_scale is not None and absmax_offset is not None:
+        _expect("absmax_scale", absmax_scale, scales, shapes.absmax_scale)
+        _expect("absmax_offset", absmax_offset, scales, shapes.absmax_offset)
+    return spec
+
+
+def _expect(name: str, tensor: Tensor, dtypes: tuple[torch.dtype, ...], shape: tuple[int, ...]) -> None:
+    if tensor.dtype not in dtypes or tuple(tensor.shape) != shape:
+        raise ValueError(
+            f"{name}: expected {' or '.join(map(str, dtypes))} {list(shape)}, got {tensor.dtype} {list(tensor.shape)}"
+        )
+
+
+# quantize
+
+
+@torch.library.register_fake("qlora_rs::quantize", lib=_library)
+def _(
+    weight: Tensor,
+    quant_type: str,
+    block_size: int,
+    double_quant: bool,
+    codebook: Sequence[float] | None,
+    check_finite: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    spec = _spec(quant_type, block_size, double_quant, None if codebook is None else tuple(codebook))
+    shapes = PackedShapes.of(tuple(weight.shape), spec)
+    codes = weight.new_empty(shapes.codes, dtype=torch.uint8)
+    absmax = weight.new_empty(shapes.absmax, dtype=torch.uint8 if double_quant else torch.float32)
+    scale = weight.new_empty(shapes.absmax_scale if double_quant else 0, dtype=torch.float32)
+    offset = weight.new_empty(shapes.absmax_offset if double_quant else 0, dtype=torch.float32)
+    return codes, absmax, scale, offset
+
+
+@torch.library.impl(_library, "quantize", "CPU")
+def _quantize_cpu(
+    weight: Tensor,
+    quant_type: str,
+    block_size: int,
+    double_quant: bool,
+    codebook: Sequence[float] | None,
+    check_finite: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    if weight.ndim == 0 or weight.dtype not in FLOAT_DTYPES:
+        raise TypeError(
+            f"expected a float32, bfloat16 or float16 weight of shape (..., out, in), got {weight.dtype} "
+            f"{list(weight.shape)}"
+        )
+    spec = _spec(quant_type, block_size, double_quant, None if codebook is None else tuple(codebook))
+    return _bridge.quantize(weight, spec, check_finite)
+
+
+# dequantize
+
+
+@torch.library.register_fake("qlora_rs::dequantize", lib=_library)
+def _(
+    codes: Tensor,
+    absmax: Tensor,
+    absmax_scale: Tensor | None,
+    absmax_offset: Tensor | None,
+    columns: int,
+    quant_type: str,
+    block_size: int,
+    codebook: Sequence[float] | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    return codes.new_empty((*codes.shape[:-1], columns), dtype=dtype)
+
+
+@torch.library.impl(_library, "dequantize", "CPU")
+def _dequantize_cpu(
+    codes: Tensor,
+    absmax: Tensor,
+    absmax_scale: Tensor | None,
+    absmax_offset: Tensor | None,
+    columns: int,
+    quant_type: str,
+    block_size: int,
+    codebook: Sequence[float] | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    spec = _checked(codes, absmax, absmax_scale, absmax_offset, columns, quant_type, block_size, codebook)
+    if dtype == torch.float64:
+        # The value is a float32 product; widening it is exact and lets gradcheck run.
+        return _bridge.dequantize(codes, absmax, absmax_scale, absmax_offset, columns, spec, torch.float32).double()
+    if dtype not in FLOAT_DTYPES:
+        raise TypeError(f"dequantize to float32, bfloat16, float16 or float64, not {dtype}")
+    return _bridge.dequantize(codes, absmax, absmax_scale, absmax_offset, columns, spec, dtype)
+
+
+# linear: y = x W^T + b with a frozen packed W
+
+
+@torch.library.register_fake("qlora_rs::linear", lib=_library)
+def _(x: Tensor, codes: Tensor, *packed_and_bias: Any) -> Tensor:
+    columns = packed_and_bias[3]
+    torch._check(x.shape[-1] == columns, lambda: _mismatch("x", "in_features", x, columns))
+    return x.new_empty((*x.shape[:-1], codes.shape[0]))
+
+
+def _mismatch(name: str, meaning: str, x: Tensor, expected: int) -> str:
+    return f"{name} has shape {list(x.shape)}; its last dimension must be {meaning} = {expected}"
+
+
+@torch.library.impl(_library, "linear", "CPU")
+def _linear_cpu(x: Tensor, *packed_and_bias: Any) -> Tensor:
+    *packed, bias = packed_and_bias
+    if x.ndim == 0 or x.shape[-1] != packed[4]:
+        raise ValueError(_mismatch("x", "in_features", x, packed[4]))
+    weight: Tensor = _dequantize_cpu(*packed, dtype=x.dtype)  # type: ignore[misc]  # packed is of any length here
+    return torch.nn.functional.linear(x, weight, None if bias is None else bias.to(x.dtype))
+
+
+@torch.library.register_fake("qlora_rs::linear_backward", lib=_library)
+def _(grad: Tensor, codes: Tensor, *packed: Any) -> Tensor:
+    return grad.new_empty((*grad.shape[:-1], packed[3]))
+
+
+@torch.library.impl(_library, "linear_backward", "CPU")
+def _linear_backward_cpu(grad: Tensor, *packed: Any) -> Tensor:
+    weight: Tensor = _dequantize_cpu(*packed, dtype=grad.dtype)  # type: ignore[misc]
+    return grad @ weight
+
+
+def _save_packed(ctx: Any, inputs: tuple[Any, ...]) -> None:
+    """Keep the packed tensors only: the dequantized weight is made again where it is needed."""
+    _, codes, absmax, scale, offset, *ctx.rest = inputs
+    ctx.save_for_backward(codes, absmax, scale, offset)
+
+
+def _linear_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    *inputs_, bias = inputs
+    _save_packed(ctx, tuple(inputs_))
+    ctx.bias_dtype = None if bias is None else bias.dtype
+
+
+def _linear_grad(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    grad_x = grad_bias = None
+    if ctx.needs_input_grad[0]:
+        grad_x = torch.ops.qlora_rs.linear_backward(grad, *ctx.saved_tensors, *ctx.rest)
+    if ctx.needs_input_grad[9]:
+        grad_bias = grad.sum_to_size(grad.shape[-1:]).to(ctx.bias_dtype)
+    return grad_x, None, None, None, None, None, None, None, None, grad_bias
+
+
+def _linear_backward_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _save_packed(ctx, inputs)
+
+
+def _linear_backward_grad(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    # dX = dY W is linear in dY: its own gradient is the product with W^T again.
+    grad_grad = torch.ops.qlora_rs.linear(grad, *ctx.saved_tensors, *ctx.rest, None)
+    return grad_grad, None, None, None, None, None, None, None, None
+
+
+torch.library.register_autograd("qlora_rs::linear", _linear_grad, setup_context=_linear_setup, lib=_library)
+torch.library.register_autograd(
+    "qlora_rs::linear_backward", _linear_backward_grad, setup_context=_linear_backward_setup, lib=_library
+)
+
+
+def _register_autocast(device: str, key: str) -> None:
+    @torch.library.impl(_library, "linear", key)
+    def _linear_autocast(x: Tensor, *packed_and_bias: Any) -> Tensor:
+        if x.is_floating_point() and x.dtype != torch.float64:
+            x = x.to(torch.get_autocast_dtype(device))
+        with torch.autocast(device, enabled=False):
+            y: Tensor = torch.ops.qlora_rs.linear(x, *packed_and_bias)
+        return y
+
+
+_register_autocast("cpu", "AutocastCPU")
+_register_autocast("cuda", "AutocastCUDA")

@@ -1,0 +1,88 @@
+"""Quantize one tensor and bring it back."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from qlora_rs import ops
+from qlora_rs.errors import UnsupportedError
+from qlora_rs.packed import FLOAT_DTYPES, PackedTensor
+from qlora_rs.spec import QuantSpec
+
+NONFINITE = ("raise", "propagate")
+
+
+def quantize(weight: Tensor, spec: QuantSpec | None = None, *, nonfinite: str = "raise") -> PackedTensor:
+    """Quantize a weight blockwise along its last dimension.
+
+    Args:
+        weight: float32, bfloat16 or float16 of shape ``(..., out, in)``; strided and empty tensors are fine.
+        spec: data type, block size, double quantization; NF4 in doubly quantized blocks of 64 by default.
+        nonfinite: ``"raise"``, or ``"propagate"``: a block with NaN or Inf comes back as a block of NaN (doubly
+            quantized: its whole group of 256 blocks, since 8-bit scales share one float32 scale).
+
+    Raises:
+        NonFiniteError: the weight holds NaN or Inf (count and first flat index are named).
+        TypeError, ValueError: wrong dtype or arguments.
+        UnsupportedError: the tensor's device has no kernel.
+
+    >>> packed = quantize(torch.tensor([[10.0, -3, 5, 4]]), QuantSpec(codebook=[-1, 0.3, 0.5, 1], double_quant=False))
+    >>> dequantize(packed).tolist()
+    [[10.0, 3.0, 5.0, 5.0]]
+    """
+    spec = QuantSpec() if spec is None else spec
+    if nonfinite not in NONFINITE:
+        raise ValueError(f"nonfinite is one of {', '.join(NONFINITE)}; got {nonfinite!r}")
+    if not isinstance(weight, Tensor):
+        raise TypeError(f"weight is a torch.Tensor; got {type(weight).__name__}")
+    if weight.ndim == 0 or weight.dtype not in FLOAT_DTYPES:
+        raise TypeError(
+            f"weight is float32, bfloat16 or float16 of shape (..., out, in); got {weight.dtype} {list(weight.shape)}"
+        )
+    _require_device(weight)
+    codebook = None if spec.codebook is None else list(spec.codebook)
+    codes, absmax, scale, offset = torch.ops.qlora_rs.quantize(
+        weight.detach(), spec.quant_type, spec.block_size, spec.double_quant, codebook, nonfinite == "raise"
+    )
+    return PackedTensor(
+        codes=codes,
+        absmax=absmax,
+        absmax_scale=scale if spec.double_quant else None,
+        absmax_offset=offset if spec.double_quant else None,
+        spec=spec,
+        shape=tuple(weight.shape),
+        dtype=weight.dtype,
+    )
+
+
+def dequantize(packed: PackedTensor, dtype: torch.dtype | None = None) -> Tensor:
+    """The weight of ``packed.shape`` in ``dtype`` (by default what was quantized): one float32 product, rounded once.
+
+    Raises:
+        TypeError: ``dtype`` is not a floating type that has a kernel.
+        ValueError: a code lies outside the codebook.
+    """
+    _require_device(packed.codes)
+    spec = packed.spec
+    codebook = None if spec.codebook is None else list(spec.codebook)
+    weight: Tensor = torch.ops.qlora_rs.dequantize(
+        packed.codes,
+        packed.absmax,
+        packed.absmax_scale,
+        packed.absmax_offset,
+        packed.shape[-1],
+        spec.quant_type,
+        spec.block_size,
+        codebook,
+        packed.dtype if dtype is None else dtype,
+    )
+    return weight
+
+
+def _require_device(tensor: Tensor) -> None:
+    if tensor.device.type not in ops.DEVICES:
+        raise UnsupportedError(
+            f"no kernel for tensors on {tensor.device}: this version computes on {', '.join(ops.DEVICES)}; "
+            "move the tensor there"
+        )

@@ -1,0 +1,131 @@
+"""What quantizing a model did: which weights were packed, which stayed and why, bytes before and after."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Hashable, Iterable
+from dataclasses import asdict, dataclass
+from typing import Any, TypeVar
+
+Row = TypeVar("Row")
+
+
+@dataclass(frozen=True)
+class PackedEntry:
+    """A weight that was quantized.
+
+    Attributes:
+        name: full name of the tensor.
+        shape: logical shape (out, in) or (experts, out, in).
+        dtype: what was quantized: ``"float32"``, ``"bfloat16"`` or ``"float16"``.
+        spec: how, in one line.
+        bytes_before: bytes of the float weight.
+        bytes_after: bytes of codes and scales.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    spec: str
+    bytes_before: int
+    bytes_after: int
+
+
+@dataclass(frozen=True)
+class SkippedEntry:
+    """What stayed as it was (or, for a file, behind), and why."""
+
+    name: str
+    reason: str
+    bytes: int
+
+
+@dataclass(frozen=True)
+class QuantizeReport:
+    """Nothing is left out of it in silence; ``str(report)`` is for people, `to_dict` for programs.
+
+    Attributes:
+        packed: weights that were quantized.
+        skipped: tensors that stayed as they were.
+        bytes_before: bytes of all tensors, before.
+        bytes_after: bytes of all tensors, after.
+        left_out: files of the source folder that were not carried over (files to files only).
+        notes: anything else worth knowing.
+    """
+
+    packed: tuple[PackedEntry, ...]
+    skipped: tuple[SkippedEntry, ...]
+    bytes_before: int
+    bytes_after: int
+    left_out: tuple[SkippedEntry, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """The same in plain lists and dicts, as ``--json`` prints it."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        """A few lines, repeated layers folded into one."""
+        before = sum(entry.bytes_before for entry in self.packed)
+        after = sum(entry.bytes_after for entry in self.packed)
+        lines = [
+            f"packed {len(self.packed)} weights: {format_bytes(before)} -> {format_bytes(after)}; "
+            f"all tensors: {format_bytes(self.bytes_before)} -> {format_bytes(self.bytes_after)}"
+        ]
+        if self.packed:
+            lines.append(f"  as {', '.join(sorted({entry.spec for entry in self.packed}))}")
+        for title, entries in (("kept", self.skipped), ("left out", self.left_out)):
+            for name, group in fold(entries, lambda entry: entry.reason):
+                size = format_bytes(sum(entry.bytes for entry in group))
+                lines.append(f"{title} {name} ({size}): {group[0].reason}")
+        lines.extend(f"note: {note}" for note in self.notes)
+        return "\n".join(lines)
+
+
+def format_bytes(count: int) -> str:
+    """A size in decimal units with three significant digits.
+
+    >>> format_bytes(269_030_528)
+    '269 MB'
+    """
+    value, units = float(count), ["B", "kB", "MB", "GB", "TB"]
+    while value >= 999.5 and len(units) > 1:
+        value, units = value / 1000, units[1:]
+    if units[0] == "B" or value >= 99.95:
+        return f"{value:.0f} {units[0]}"
+    return f"{value:.{1 if value >= 9.995 else 2}f} {units[0]}"
+
+
+def fold(rows: Iterable[Row], alike: Any = lambda row: None) -> list[tuple[str, list[Row]]]:
+    """Group rows (with a ``name``) that differ in numbers between dots only and have equal ``alike(row)``.
+
+    >>> rows = [SkippedEntry(f"layers.{i}.norm", "1-D", 2) for i in range(30)]
+    >>> [name for name, _ in fold(rows)]
+    ['layers.0-29.norm']
+    """
+    groups: dict[Hashable, list[Any]] = {}
+    for row in rows:
+        parts = tuple("" if part.isdigit() else part for part in _name(row).split("."))
+        groups.setdefault((parts, alike(row)), []).append(row)
+    folded = []
+    for group in groups.values():
+        columns = zip(*(_name(row).split(".") for row in group), strict=True)
+        folded.append((".".join(_numbers(set(column)) for column in columns), group))
+    return folded
+
+
+def _name(row: Any) -> str:
+    return str(row.name)
+
+
+def _numbers(parts: set[str]) -> str:
+    """``{"0", "1", "2", "7"}`` -> ``0-2,7``."""
+    if len(parts) == 1:
+        return parts.pop()
+    runs: list[list[int]] = []
+    for number in sorted(map(int, parts)):
+        if runs and number == runs[-1][1] + 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    return re.sub(r"\b(\d+)-\1\b", r"\1", ",".join(f"{first}-{last}" for first, last in runs))

@@ -1,0 +1,20 @@
+"""Model folders, files to files: no model is built and no tensor is held whole.
+
+`quantize` writes a packed checkpoint, `inspect` says what a checkpoint holds, `open_weights` reads single tensors.
+"""
+
+from __future__ import annotations
+
+from qlora_rs.checkpoint.inspection import CheckpointInfo, TensorRow, inspect
+from qlora_rs.checkpoint.packing import quantize
+from qlora_rs.checkpoint.source import read_quantization_config
+from qlora_rs.checkpoint.weights import open_weights
+
+__all__ = [
+    "CheckpointInfo",
+    "TensorRow",
+    "inspect",
+    "open_weights",
+    "quantize",
+    "read_quantization_config",
+]

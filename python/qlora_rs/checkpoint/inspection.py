@@ -1,0 +1,215 @@
+"""`inspect`: what a model folder or a safetensors file holds, from its headers alone."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from qlora_rs.checkpoint.source import (
+    CONFIG,
+    Source,
+    StoredTensor,
+    check_format_version,
+    find_quantization_config,
+    open_source,
+    read_config,
+    read_file,
+)
+from qlora_rs.errors import FormatError
+from qlora_rs.packed import PackedShapes
+from qlora_rs.spec import QuantSpec
+
+PARTS = ("_absmax", "_absmax_scale", "_absmax_offset")
+
+
+@dataclass(frozen=True)
+class TensorRow:
+    """A tensor as a model sees it.
+
+    Attributes:
+        name: full name.
+        kind: ``"packed"`` (codes with their scales) or ``"kept"``.
+        dtype: how a packed tensor's data is called (``"nf4"``), or safetensors' dtype (``"BF16"``).
+        shape: logical shape; of a packed tensor (..., out, in).
+        bytes: bytes of all its parts.
+        file: the file that holds it.
+    """
+
+    name: str
+    kind: str
+    dtype: str
+    shape: tuple[int, ...]
+    bytes: int
+    file: str
+
+    @property
+    def elements(self) -> int:
+        """Number of elements of the logical shape."""
+        return math.prod(self.shape)
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Storage bits per element, scales included."""
+        return 8 * self.bytes / self.elements if self.elements else 0.0
+
+
+@dataclass(frozen=True)
+class CheckpointInfo:
+    """What a checkpoint holds.
+
+    Attributes:
+        path: the folder or file.
+        format: ``"qlora_rs"`` (native packed), ``"float"`` (not quantized), or the ``quant_method`` of
+            another library, whose tensors are then listed as they are stored.
+        spec: how packed tensors are quantized; None unless native.
+        tensors: in the order of files and data.
+        files: the safetensors files.
+        source_sha256: hashes of the files that a packed checkpoint was made from.
+        config: ``quantization_config``, or None.
+    """
+
+    path: str
+    format: str
+    spec: QuantSpec | None
+    tensors: tuple[TensorRow, ...]
+    files: tuple[str, ...]
+    source_sha256: dict[str, str]
+    config: dict[str, Any] | None
+
+    @property
+    def packed(self) -> tuple[TensorRow, ...]:
+        """The packed tensors."""
+        return tuple(row for row in self.tensors if row.kind == "packed")
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(row.bytes for row in self.tensors)
+
+    @property
+    def parameters(self) -> int:
+        """Elements of all tensors, by logical shape."""
+        return sum(row.elements for row in self.tensors)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The same in plain lists and dicts, as ``--json`` prints it."""
+        return {
+            "path": self.path,
+            "format": self.format,
+            "spec": None if self.spec is None else self.spec.to_config(),
+            "files": list(self.files),
+            "parameters": self.parameters,
+            "total_bytes": self.total_bytes,
+            "packed_bytes": sum(row.bytes for row in self.packed),
+            "bits_per_weight": 8 * self.total_bytes / self.parameters if self.parameters else 0.0,
+            "source_sha256": self.source_sha256,
+            "quantization_config": self.config,
+            "tensors": [
+                {**asdict(row), "shape": list(row.shape), "bits_per_weight": row.bits_per_weight}
+                for row in self.tensors
+            ],
+        }
+
+
+def inspect(path: str | os.PathLike[str]) -> CheckpointInfo:
+    """Read what a model folder, or a single ``.safetensors`` file, holds. No tensor data is read.
+
+    A single file is understood as packed only with the ``config.json`` beside it.
+
+    Raises:
+        FileNotFoundError: there is nothing at ``path``.
+        FormatError: a file is damaged, or a packed weight's parts do not fit together.
+
+    >>> inspect("SmolLM2-135M-nf4").spec  # doctest: +SKIP
+    QuantSpec(quant_type='nf4', block_size=64, double_quant=True, codebook=None)
+    """
+    where = Path(path)
+    source = _open_file(where) if where.is_file() else open_source(where)
+    config = find_quantization_config(source.config)
+    method = str(config.get("quant_method", "unknown")) if config is not None else "float"
+    spec = None
+    hashes: dict[str, str] = {}
+    if config is not None and method == "qlora_rs":
+        check_format_version(config.get("format_version"), str(source.path / CONFIG))
+        spec = QuantSpec.from_config(config)
+        hashes = _source_hashes(source)
+    rows = _rows(source, spec)
+    return CheckpointInfo(str(where), method, spec, rows, source.files, hashes, config)
+
+
+def _open_file(path: Path) -> Source:
+    tensors, metadata = read_file(path.parent, path.name)
+    config = read_config(path.parent) if (path.parent / CONFIG).is_file() else {}
+    return Source(path.parent, config, (path.name,), {t.name: t for t in tensors}, {path.name: metadata})
+
+
+def _source_hashes(source: Source) -> dict[str, str]:
+    for file, metadata in source.metadata.items():
+        if "source_sha256" in metadata:
+            try:
+                hashes = json.loads(metadata["source_sha256"])
+            except ValueError:
+                hashes = None
+            if not isinstance(hashes, dict) or not all(isinstance(value, str) for value in hashes.values()):
+                raise FormatError(f"{source.path / file}: source_sha256 is not an object of hashes")
+            return hashes
+    return {}
+
+
+def _rows(source: Source, spec: QuantSpec | None) -> tuple[TensorRow, ...]:
+    tensors = source.tensors
+    is_packed = {name for name in tensors if spec is not None and f"{name}_absmax" in tensors}
+    parts = {name + part for name in is_packed for part in PARTS}
+    rows = []
+    for name, tensor in tensors.items():
+        if name in parts:
+            continue
+        if name in is_packed and spec is not None:
+            rows.append(_packed_row(source, tensor, spec))
+        else:
+            rows.append(TensorRow(name, "kept", tensor.dtype, tensor.shape, tensor.nbytes, tensor.file))
+    return tuple(rows)
+
+
+def _packed_row(source: Source, codes: StoredTensor, spec: QuantSpec) -> TensorRow:
+    shape = _logical_shape(source, codes, spec)
+    shapes = PackedShapes.of(shape, spec)
+    expected = {
+        "": ("U8", shapes.codes),
+        "_absmax": ("U8" if spec.double_quant else "I32", shapes.absmax),
+    }
+    if spec.double_quant:
+        expected["_absmax_scale"] = ("I32", shapes.absmax_scale)
+        expected["_absmax_offset"] = ("I32", shapes.absmax_offset)
+    total = 0
+    for part, (dtype, part_shape) in expected.items():
+        found = source.tensors.get(codes.name + part)
+        if found is None or (found.dtype, found.shape) != (dtype, part_shape):
+            got = "nothing" if found is None else f"{found.dtype} {list(found.shape)}"
+            raise FormatError(
+                f"{source.path / codes.file}: tensor {codes.name + part!r}: expected {dtype} "
+                f"{list(part_shape)} for {spec.describe()}, got {got}"
+            )
+        total += found.nbytes
+    return TensorRow(codes.name, "packed", spec.quant_type, shape, total, codes.file)
+
+
+def _logical_shape(source: Source, codes: StoredTensor, spec: QuantSpec) -> tuple[int, ...]:
+    recorded = source.metadata[codes.file].get(f"{codes.name}.shape")
+    if recorded is None:
+        *lead, last = codes.shape or (0,)
+        return (*lead, last if spec.bits == 8 else 2 * last)
+    try:
+        shape = json.loads(recorded)
+    except ValueError:
+        shape = None
+    sizes = shape if isinstance(shape, list) else [None]
+    if not sizes or not all(type(size) is int and 0 <= size < 1 << 62 for size in sizes):
+        raise FormatError(
+            f"{source.path / codes.file}: metadata {codes.name + '.shape'!r}: expected sizes, got {recorded!r}"
+        )
+    return tuple(sizes)

@@ -1,0 +1,171 @@
+"""`quantize`: a 16- or 32-bit model folder to a packed one, streamed."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from qlora_rs import _core
+from qlora_rs.checkpoint.choice import FLOAT_DTYPES, Choice, choose_tensors
+from qlora_rs.checkpoint.companions import companion_files
+from qlora_rs.checkpoint.folder import (
+    copy_file,
+    partial_folder,
+    require_space,
+    resolve_destination,
+    write_json,
+)
+from qlora_rs.checkpoint.source import (
+    CONFIG,
+    FORMAT_VERSION,
+    INDEX,
+    Source,
+    find_quantization_config,
+    open_source,
+)
+from qlora_rs.errors import UnsupportedError
+from qlora_rs.report import PackedEntry, QuantizeReport, SkippedEntry
+from qlora_rs.spec import QuantSpec
+
+
+def quantize(
+    src: str | os.PathLike[str],
+    dst: str | os.PathLike[str],
+    spec: QuantSpec | None = None,
+    *,
+    skip_modules: Sequence[str] | None = None,
+    include: Sequence[str] | None = None,
+    overwrite: bool = False,
+    dry_run: bool = False,
+    num_threads: int = 0,
+    max_shard_size: int = 5_000_000_000,
+    slice_bytes: int = 8 << 20,
+    progress: Callable[[int, int], object] | None = None,
+) -> QuantizeReport:
+    """Quantize a Hugging Face model folder (safetensors in bfloat16, float16 or float32) into a packed one.
+
+    The weights of all Linear layers are packed; output heads, routers, embeddings and norms are copied byte
+    for byte, like every other file. Weights pass through in slices of rows: memory does not grow with the
+    model. ``dst`` is absent or whole at any time.
+
+    Args:
+        src: the model folder; it is only read.
+        dst: the folder to make.
+        spec: data type, block size, double quantization; NF4 in doubly quantized blocks of 64 by default.
+        skip_modules: patterns (full name, last component or glob) of layers that stay besides the defaults.
+        include: patterns of weights to pack although the defaults leave them; they alone decide where
+            transformers is not installed or does not know the architecture.
+        overwrite: replace an existing model in ``dst`` once the new one is whole.
+        dry_run: only report; nothing is written.
+        num_threads: threads that quantize; 0 for all.
+        max_shard_size: bytes of tensors per file.
+        slice_bytes: bytes that pass at a time; the output does not depend on it.
+        progress: called with (bytes done, bytes in all) of the source.
+
+    Raises:
+        FormatError: a file of ``src`` is not what it says, or changed meanwhile.
+        UnsupportedError: ``src`` is quantized already, its architecture is unknown, or ``dst`` is no place.
+        NonFiniteError: a weight holds NaN or Inf (file, tensor, count and first index are named).
+        ValueError: a pattern matches nothing.
+        OSError: the system failed, with the file's name; what was written so far is removed.
+
+    >>> report = quantize("Llama-3.2-1B", "Llama-3.2-1B-nf4")  # doctest: +SKIP
+    >>> print(report)  # doctest: +SKIP
+    """
+    spec = QuantSpec() if spec is None else spec
+    source_path, asked = Path(src), Path(dst)
+    if max_shard_size < 1 or slice_bytes < 1 or num_threads < 0:
+        raise ValueError(
+            "max_shard_size and slice_bytes are at least 1 and num_threads at least 0; "
+            f"got {max_shard_size}, {slice_bytes} and {num_threads}"
+        )
+    source = open_source(source_path)
+    _refuse_quantized(source)
+    destination = resolve_destination(source_path, asked, overwrite)
+    choice = choose_tensors(source, skip_modules, include)
+    carried, left_out = companion_files(source)
+
+    def pack(folder: Path | None) -> Any:
+        return _core.pack_checkpoint(
+            spec.core(),
+            source=str(source.path),
+            files=list(source.files),
+            packed=list(choice.packed),
+            destination=None if folder is None else str(folder),
+            max_shard_size=max_shard_size,
+            slice_bytes=slice_bytes,
+            num_threads=num_threads,
+            progress=progress if folder is not None else None,
+        )
+
+    notes = list(choice.notes)
+    plan = pack(None)
+    if not dry_run:
+        others = sum((source.path / name).stat().st_size for name in carried)
+        require_space(destination, _packed_bytes(plan) + others)
+        with partial_folder(destination, overwrite, notes) as folder:
+            plan = pack(folder)
+            if len(plan["shards"]) > 1:
+                write_json(folder / INDEX, _index(plan))
+            for name in carried:
+                copy_file(source.path / name, folder / name)
+            write_json(folder / CONFIG, _config(source, spec, choice))
+    return _report(source, spec, choice, plan, left_out, notes)
+
+
+def _refuse_quantized(source: Source) -> None:
+    config = find_quantization_config(source.config)
+    if config is not None:
+        raise UnsupportedError(
+            f"{source.path}: is quantized already (quant_method {config.get('quant_method')!r}); "
+            "start from the 16-bit model"
+        )
+
+
+def _packed_bytes(plan: Any) -> int:
+    return sum(end - start for shard in plan["shards"] for *_, start, end in shard["tensors"])
+
+
+def _index(plan: Any) -> dict[str, Any]:
+    weight_map = {name: shard["name"] for shard in plan["shards"] for name, *_ in shard["tensors"]}
+    return {"metadata": {"total_size": _packed_bytes(plan)}, "weight_map": dict(sorted(weight_map.items()))}
+
+
+def _config(source: Source, spec: QuantSpec, choice: Choice) -> dict[str, Any]:
+    quantization = {
+        "quant_method": "qlora_rs",
+        **spec.to_config(),
+        "modules_to_not_convert": list(choice.not_converted),
+        "format_version": FORMAT_VERSION,
+    }
+    return {**source.config, "quantization_config": quantization}
+
+
+def _report(
+    source: Source,
+    spec: QuantSpec,
+    choice: Choice,
+    plan: Any,
+    left_out: Sequence[SkippedEntry],
+    notes: Sequence[str],
+) -> QuantizeReport:
+    sizes = {name: end - start for shard in plan["shards"] for name, _, _, start, end in shard["tensors"]}
+    parts = ("", "_absmax", "_absmax_scale", "_absmax_offset")
+    packed = []
+    for name in choice.packed:
+        tensor = source.tensors[name]
+        after = sum(sizes[name + part] for part in (parts if spec.double_quant else parts[:2]))
+        dtype = FLOAT_DTYPES[tensor.dtype]
+        packed.append(PackedEntry(name, tensor.shape, dtype, spec.describe(), tensor.nbytes, after))
+    return QuantizeReport(
+        packed=tuple(packed),
+        skipped=tuple(
+            SkippedEntry(name, reason, source.tensors[name].nbytes) for name, reason in choice.reasons.items()
+        ),
+        bytes_before=source.total_bytes,
+        bytes_after=sum(sizes.values()),
+        left_out=tuple(left_out),
+        notes=tuple(notes),
+    )

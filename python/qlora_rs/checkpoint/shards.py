@@ -1,0 +1,111 @@
+"""Safetensors files written tensor by tensor: no shard lies in memory whole, as `safetensors.torch.save_file` needs."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qlora_rs.checkpoint.folder import naming, write_json
+from qlora_rs.checkpoint.source import INDEX, SINGLE
+
+
+@dataclass(frozen=True)
+class PlannedTensor:
+    """A tensor to write; ``dtype`` is safetensors' name, e.g. ``"BF16"``."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class PlannedShard:
+    """A file to write."""
+
+    file: str
+    tensors: tuple[PlannedTensor, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its tensors."""
+        return sum(tensor.nbytes for tensor in self.tensors)
+
+
+def plan_shards(tensors: Sequence[PlannedTensor], max_shard_size: int) -> list[PlannedShard]:
+    """Files of at most ``max_shard_size`` bytes of tensors (one tensor at least), in the order given."""
+    groups: list[list[PlannedTensor]] = [[]]
+    held = 0
+    for tensor in tensors:
+        if groups[-1] and held + tensor.nbytes > max_shard_size:
+            groups.append([])
+            held = 0
+        groups[-1].append(tensor)
+        held += tensor.nbytes
+    if len(groups) == 1:
+        return [PlannedShard(SINGLE, _aligned(groups[0]))]
+    return [
+        PlannedShard(f"model-{number:05}-of-{len(groups):05}.safetensors", _aligned(group))
+        for number, group in enumerate(groups, start=1)
+    ]
+
+
+def write_shards(
+    folder: Path, shards: Sequence[PlannedShard], read: Callable[[str], Tensor], metadata: Mapping[str, str]
+) -> None:
+    """Write the files, and the index where there are several; ``read(name)`` makes each tensor when it is due.
+
+    Raises:
+        OSError: the system failed, with the file's name.
+    """
+    for shard in shards:
+        path = folder / shard.file
+        with naming(path), open(path, "xb") as file:
+            file.write(_header(shard, metadata))
+            for planned in shard.tensors:
+                file.write(_content(planned, read(planned.name)))
+            file.flush()
+            os.fsync(file.fileno())
+    if len(shards) > 1:
+        weight_map = {tensor.name: shard.file for shard in shards for tensor in shard.tensors}
+        total = sum(shard.nbytes for shard in shards)
+        write_json(
+            folder / INDEX,
+            {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))},
+        )
+
+
+def _aligned(tensors: Sequence[PlannedTensor]) -> tuple[PlannedTensor, ...]:
+    """Wide elements first, as the format's own writer does: every tensor then starts at a multiple of its element."""
+    return tuple(sorted(tensors, key=lambda tensor: -tensor.nbytes / max(1, math.prod(tensor.shape))))
+
+
+def _header(shard: PlannedShard, metadata: Mapping[str, str]) -> bytes:
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
+    offset = 0
+    for tensor in shard.tensors:
+        end = offset + tensor.nbytes
+        header[tensor.name] = {
+            "dtype": tensor.dtype,
+            "shape": list(tensor.shape),
+            "data_offsets": [offset, end],
+        }
+        offset = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def _content(planned: PlannedTensor, tensor: Tensor) -> Any:
+    """The tensor's bytes, in the format's order (row-major, little endian), without a copy."""
+    content = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    assert content.nbytes == planned.nbytes, f"{planned.name}: planned {planned.nbytes}, got {content.nbytes}"
+    return content

@@ -1,0 +1,124 @@
+"""Tensors of a model folder by name: stored ones as they are, packed ones as values, float ones of 16-bit folders."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Collection
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from qlora_rs.checkpoint.choice import FLOAT_DTYPES
+from qlora_rs.checkpoint.source import Source, find_quantization_config, open_source
+from qlora_rs.errors import FormatError, UnsupportedError
+from qlora_rs.packed import PackedTensor
+from qlora_rs.spec import QuantSpec
+
+
+class TensorReader:
+    """Reads tensors of an opened folder, one at a time.
+
+    Files are mapped, not read whole, and stay mapped as long as the reader or one of its tensors lives.
+    """
+
+    def __init__(self, source: Source) -> None:
+        self.source = source
+        self._files: dict[str, Any] = {}
+
+    def stored(self, name: str) -> Tensor:
+        """The tensor as its file holds it.
+
+        Raises:
+            FormatError: the file changed since its header was read.
+            UnsupportedError: torch has no such type.
+        """
+        tensor = self.source.tensors[name]
+        path = self.source.path / tensor.file
+        try:
+            if tensor.file not in self._files:
+                self._files[tensor.file] = safe_open(path, framework="pt")
+            stored: Tensor = self._files[tensor.file].get_tensor(name)
+        except SafetensorError as error:
+            raise FormatError(f"{path}: tensor {name!r} cannot be read: {error}") from None
+        except (KeyError, AttributeError) as error:
+            raise UnsupportedError(
+                f"{path}: tensor {name!r} is {tensor.dtype}, which torch {torch.__version__} cannot hold ({error})"
+            ) from None
+        return stored
+
+    def packed(self, name: str, shape: tuple[int, ...], spec: QuantSpec) -> PackedTensor:
+        """The packed weight ``name`` of logical ``shape``; `inspect` has checked that its parts fit together."""
+
+        def scales(part: str) -> Tensor:
+            tensor = self.stored(name + part)
+            return tensor.view(torch.float32) if tensor.dtype == torch.int32 else tensor
+
+        return PackedTensor(
+            codes=self.stored(name),
+            absmax=scales("_absmax"),
+            absmax_scale=scales("_absmax_scale") if spec.double_quant else None,
+            absmax_offset=scales("_absmax_offset") if spec.double_quant else None,
+            spec=spec,
+            shape=shape,
+            dtype=torch.float32,
+        )
+
+
+def open_weights(path: str | os.PathLike[str]) -> Callable[[str], Tensor]:
+    """A function that reads one float tensor of a 16- or 32-bit model folder by its name.
+
+    A name may carry the prefix of the base model (``model.``) that the files lack, or lack the one that they carry.
+
+    Raises:
+        FileNotFoundError, NotADirectoryError, FormatError: ``path`` is no whole model folder.
+        UnsupportedError: its weights are quantized.
+
+    The function raises FormatError where no file holds the tensor, or not as a float one.
+
+    >>> weight = open_weights("SmolLM2-135M-Instruct")  # doctest: +SKIP
+    >>> weight("model.norm.weight").shape  # doctest: +SKIP
+    torch.Size([576])
+    """
+    source = open_source(Path(path))
+    config = find_quantization_config(source.config)
+    if config is not None:
+        raise UnsupportedError(
+            f"{source.path}: is quantized (quant_method {config.get('quant_method')!r}); "
+            "give the 16-bit model that it was made from"
+        )
+    reader = TensorReader(source)
+
+    def weight(name: str) -> Tensor:
+        stored = stored_name(name, source.tensors)
+        if stored is None:
+            raise FormatError(f"{source.path}: none of its files holds the tensor {name!r}")
+        tensor = source.tensors[stored]
+        if tensor.dtype not in FLOAT_DTYPES:
+            raise FormatError(
+                f"{source.path / tensor.file}: tensor {stored!r}: expected F32, BF16 or F16, got {tensor.dtype}"
+            )
+        return reader.stored(stored)
+
+    return weight
+
+
+def stored_name(name: str, stored: Collection[str]) -> str | None:
+    """The one of the ``stored`` names that means the model's tensor ``name``, or None.
+
+    Files of a base model alone lack its prefix, and a base model's own names lack the one of files with a head.
+
+    >>> stored_name("model.layers.0.up.weight", ["layers.0.up.weight", "norm.weight"])
+    'layers.0.up.weight'
+    >>> stored_name("layers.0.up.weight", ["model.layers.0.up.weight"])
+    'model.layers.0.up.weight'
+    """
+    if name in stored:
+        return name
+    without = name.partition(".")[2]
+    if without.count(".") > 1 and without in stored:
+        return without
+    longer = [each for each in stored if each.endswith(f".{name}")]
+    return longer[0] if len(longer) == 1 else None

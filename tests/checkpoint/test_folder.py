@@ -1,0 +1,163 @@
+"""The output folder is absent or whole, and nothing else is ever touched."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+import signal
+
+import pytest
+
+import qlora_rs
+from qlora_rs import checkpoint
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_an_existing_destination_is_refused_and_stays(make_model, tmp_path):
+    source, target = make_model(), tmp_path / "packed"
+    target.mkdir()
+    (target / "config.json").write_text("old")
+    with pytest.raises(FileExistsError, match="--overwrite"):
+        checkpoint.quantize(source, target)
+    assert names(target) == ["config.json"]
+
+
+def test_overwrite_replaces_a_model_when_the_new_one_is_whole(make_model, tmp_path):
+    source, target = make_model(), tmp_path / "packed"
+    target.mkdir()
+    (target / "config.json").write_text("old")
+    (target / "stale.safetensors").write_bytes(b"")
+    checkpoint.quantize(source, target, overwrite=True)
+    assert names(target) == ["config.json", "model.safetensors"]
+    assert names(tmp_path) == ["packed", "source"]
+
+
+def test_overwrite_keeps_the_old_model_when_the_new_one_fails(make_model, tmp_path, monkeypatch):
+    source, target = make_model(), tmp_path / "packed"
+    checkpoint.quantize(source, target)
+    before = (target / "model.safetensors").read_bytes()
+
+    def fail(path, value):
+        raise OSError(28, "No space left on device", str(path))
+
+    monkeypatch.setattr("qlora_rs.checkpoint.packing.write_json", fail)
+    with pytest.raises(OSError, match=r"No space left on device.*config\.json"):
+        checkpoint.quantize(source, target, qlora_rs.QuantSpec("fp4"), overwrite=True)
+    assert (target / "model.safetensors").read_bytes() == before
+    assert names(tmp_path) == ["packed", "source"]
+
+
+def test_overwrite_restores_the_old_model_when_the_rename_fails(make_model, tmp_path, monkeypatch):
+    source, target = make_model(), tmp_path / "packed"
+    checkpoint.quantize(source, target)
+    rename, calls = os.rename, []
+
+    def second_fails(old, new):
+        calls.append(new)
+        if len(calls) == 2:
+            raise OSError(5, "Input/output error", str(new))
+        rename(old, new)
+
+    monkeypatch.setattr(os, "rename", second_fails)
+    with pytest.raises(OSError, match="Input/output"):
+        checkpoint.quantize(source, target, overwrite=True)
+    assert names(target) == ["config.json", "model.safetensors"]
+    assert names(tmp_path) == ["packed", "source"]
+
+
+def test_overwrite_does_not_replace_what_is_no_model(make_model, tmp_path):
+    source, target = make_model(), tmp_path / "home"
+    target.mkdir()
+    (target / "thesis.tex").write_text("precious")
+    with pytest.raises(qlora_rs.UnsupportedError, match="holds no model"):
+        checkpoint.quantize(source, target, overwrite=True)
+    (tmp_path / "file").write_text("precious")
+    with pytest.raises(NotADirectoryError, match="is no folder"):
+        checkpoint.quantize(source, tmp_path / "file", overwrite=True)
+    assert (target / "thesis.tex").read_text() == (tmp_path / "file").read_text() == "precious"
+
+
+@pytest.mark.parametrize("where", ["source", "source/packed", "source/../source/x", "link/packed", "."])
+def test_a_destination_in_or_around_the_source_is_refused(make_model, tmp_path, where):
+    source = make_model()
+    (tmp_path / "link").symlink_to(source)
+    before = names(source)
+    with pytest.raises(qlora_rs.UnsupportedError, match="choose another"):
+        checkpoint.quantize(source, tmp_path / where, overwrite=True)
+    assert names(source) == before
+
+
+def test_a_partial_folder_of_an_interrupted_run_is_cleared_and_reported(make_model, tmp_path):
+    source, partial = make_model(), tmp_path / "packed.partial"
+    partial.mkdir()
+    (partial / ".qlora_rs_journal.json").write_text("{}")
+    (partial / "model.safetensors").write_bytes(b"half")
+    (partial / "sub").mkdir()
+    report = checkpoint.quantize(source, tmp_path / "packed")
+    assert any("started anew" in note for note in report.notes)
+    assert names(tmp_path) == ["packed", "source"]
+    assert names(tmp_path / "packed") == ["config.json", "model.safetensors"]
+
+
+def test_a_partial_folder_of_somebody_else_is_not_touched(make_model, tmp_path):
+    source, partial = make_model(), tmp_path / "packed.partial"
+    partial.mkdir()
+    (partial / "notes.txt").write_text("mine")
+    with pytest.raises(FileExistsError, match="in the way"):
+        checkpoint.quantize(source, tmp_path / "packed")
+    assert names(partial) == ["notes.txt"]
+
+
+def test_two_processes_do_not_write_one_destination(make_model, tmp_path):
+    source, partial = make_model(), tmp_path / "packed.partial"
+    partial.mkdir()
+    (partial / ".qlora_rs_journal.json").write_text("{}")
+    lock = os.open(partial, os.O_RDONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(qlora_rs.UnsupportedError, match="another process"):
+            checkpoint.quantize(source, tmp_path / "packed")
+    finally:
+        os.close(lock)
+    assert names(partial) == [".qlora_rs_journal.json"]
+
+
+def test_interruption_leaves_the_partial_folder_and_says_so(make_model, tmp_path):
+    source = make_model()
+
+    def interrupt(done, total):
+        signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt, match=r"packed\.partial"):
+        checkpoint.quantize(source, tmp_path / "packed", progress=interrupt)
+    assert names(tmp_path) == ["packed.partial", "source"]
+    checkpoint.quantize(source, tmp_path / "packed")
+    assert names(tmp_path) == ["packed", "source"]
+
+
+def test_a_failing_progress_callback_ends_the_work_and_removes_what_was_written(make_model, tmp_path):
+    def fail(done, total):
+        raise RuntimeError("no terminal")
+
+    with pytest.raises(RuntimeError, match="no terminal"):
+        checkpoint.quantize(make_model(), tmp_path / "packed", progress=fail)
+    assert names(tmp_path) == ["source"]
+
+
+def test_a_disk_that_is_too_small_is_noticed_before_the_work(make_model, tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    with pytest.raises(OSError, match=r"needed for the output, 1\.00 kB are free") as caught:
+        checkpoint.quantize(make_model(), tmp_path / "packed")
+    assert caught.value.errno == 28
+    assert caught.value.filename == str(tmp_path)
+    assert names(tmp_path) == ["source"]
+
+
+def test_missing_parents_of_the_destination_are_made(make_model, tmp_path):
+    checkpoint.quantize(make_model(), tmp_path / "a" / "b" / "packed")
+    assert names(tmp_path / "a" / "b") == ["packed"]

@@ -1,0 +1,303 @@
+"""The packed format as a transformers quantizer: `quant_method: qlora_rs` loads, saves, and quantizes on the way in.
+
+NOTE: transformers imports its quantizers while it is itself being imported, and this module with them: only what is
+loaded by then may be imported here at the top.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from qlora_rs import ops
+from qlora_rs.checkpoint.source import FORMAT_VERSION, check_format_version, read_file
+from qlora_rs.errors import FormatError, QloraError, UnsupportedError
+from qlora_rs.linear import Linear4bit
+from qlora_rs.lora import replace_module
+from qlora_rs.packed import PackedShapes
+from qlora_rs.quantization import quantize
+from qlora_rs.selection import HEADS, select_linear
+from qlora_rs.spec import QuantSpec
+
+METHOD = "qlora_rs"
+
+
+@register_quantization_config(METHOD)
+class QloraRsConfig(QuantizationConfigMixin):  # type: ignore[misc]
+    """``quantization_config`` of a packed model.
+
+    Args:
+        quant_type, block_size, double_quant, codebook: see `QuantSpec`.
+        modules_to_not_convert: patterns of Linear layers that stay besides the defaults.
+        format_version: of the files.
+
+    Attributes:
+        failures: errors of quantizing while loading, which transformers itself reports as text only.
+
+    Raises:
+        FormatError: a field holds what no version of the format allows.
+    """
+
+    def __init__(
+        self,
+        quant_type: str = "nf4",
+        block_size: int = 64,
+        double_quant: bool = True,
+        codebook: Sequence[float] | None = None,
+        modules_to_not_convert: Sequence[str] | None = None,
+        format_version: int = FORMAT_VERSION,
+        **kwargs: Any,
+    ) -> None:
+        check_format_version(format_version, "quantization_config")
+        self.quant_method = METHOD
+        self.quant_type = quant_type
+        self.block_size = block_size
+        self.double_quant = double_quant
+        self.codebook = None if codebook is None else list(codebook)
+        self.modules_to_not_convert = list(modules_to_not_convert or ())
+        self.format_version = format_version
+        self.failures: list[Exception] = []
+        self.spec()
+
+    @classmethod
+    def of(cls, spec: QuantSpec, modules_to_not_convert: Sequence[str] = ()) -> QloraRsConfig:
+        """The configuration of models that are packed as ``spec`` says."""
+        return cls(**spec.to_config(), modules_to_not_convert=modules_to_not_convert)
+
+    def spec(self) -> QuantSpec:
+        """How the weights are quantized."""
+        return QuantSpec.from_config(vars(self))
+
+    def to_dict(self) -> dict[str, Any]:
+        """As config.json holds it."""
+        fields = {**self.spec().to_config(), "modules_to_not_convert": list(self.modules_to_not_convert)}
+        return {"quant_method": METHOD, **fields, "format_version": self.format_version}
+
+
+@register_quantizer(METHOD)
+class QloraRsQuantizer(HfQuantizer):  # type: ignore[misc]
+    """Swaps Linear layers for `Linear4bit`, and quantizes float weights while they are loaded."""
+
+    requires_calibration = False
+
+    def __init__(self, quantization_config: QloraRsConfig, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        self.spec = quantization_config.spec()
+        self.has_adapters = False
+
+    def validate_environment(self, *args: Any, **kwargs: Any) -> None:
+        """Refuse devices that have no kernels, before anything is loaded."""
+        device_map = kwargs.get("device_map")
+        if device_map is None or isinstance(device_map, str):
+            return  # "auto" and the like: torch knows of no device here that it could pick in vain
+        for device in device_map.values():
+            require_device(device)
+
+    def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
+        """The tensors of the modules are those of the file."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """Through adapters."""
+        return True
+
+    @property
+    def is_qat_trainable(self) -> bool:
+        """What Trainer asks of models without PEFT's own classes; `attach_lora` makes it true."""
+        return self.has_adapters
+
+    @property
+    def is_compileable(self) -> bool:
+        """The ops have fake implementations."""
+        return True
+
+    @property
+    def quantized_element_size(self) -> float:
+        """Bytes of a code."""
+        return self.spec.bits / 8
+
+    def param_element_size(self, model: Any, param_name: str, param: Tensor) -> float:
+        """Bytes of an element once it is loaded, for placing layers on devices."""
+        if self.param_needs_quantization(model, param_name):
+            return self.quantized_element_size
+        return param.element_size()
+
+    def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
+        """Is this the float weight of a layer that is to be packed?"""
+        module_name, _, leaf = param_name.rpartition(".")
+        return not self.pre_quantized and leaf == "weight" and isinstance(model.get_submodule(module_name), Linear4bit)
+
+    def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        files = kwargs.get("checkpoint_files")
+        linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+        if self.pre_quantized and files:
+            packed = _packed_in_files(model, files, self.spec)
+        else:
+            skip = self.quantization_config.modules_to_not_convert
+            packed = list(select_linear(model, skip_modules=skip or None).packed)
+        for name in packed:
+            replace_module(model, name, _empty_layer(model.get_submodule(name), self.spec, self.pre_quantized))
+        stays = [name for name in linears if name not in set(packed)]
+        self.quantization_config.modules_to_not_convert = stays
+        return model
+
+    def get_quantize_ops(self) -> Any:
+        """What turns a float weight into codes and scales."""
+        return _pack_operation()(self)
+
+    def get_state_dict_and_metadata(self, model: Any) -> tuple[None, dict[str, str]]:
+        """What a file has to say of odd rows, whose length their codes cannot tell."""
+        if self.has_adapters:
+            raise UnsupportedError(
+                "the model has adapters, which save_pretrained would mix into the base's files: save them with "
+                "qlora_rs.save_adapter (and give Trainer save_strategy='no'), or merge them first"
+            )
+        return None, odd_shapes(model)
+
+    def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
+        for name, module in list(model.named_modules()):
+            if isinstance(module, Linear4bit):
+                linear = nn.Linear(module.in_features, module.out_features, bias=False, device="meta")
+                linear.weight = nn.Parameter(module.dequantize(dtype), requires_grad=False)
+                linear.bias = module.bias
+                replace_module(model, name, linear.train(module.training))
+        return model
+
+
+def adopt(model: nn.Module, spec: QuantSpec, stays: Sequence[str]) -> None:
+    """Tell a transformers model whose layers were packed in memory, so that it can be saved and loaded again."""
+    config = getattr(model, "config", None)
+    if config is None or not hasattr(model, "save_pretrained"):
+        return
+    quantization = QloraRsConfig.of(spec, stays)
+    quantizer = QloraRsQuantizer(quantization, pre_quantized=True)
+    config.quantization_config = quantization
+    attributes = {"hf_quantizer": quantizer, "is_quantized": True, "quantization_method": METHOD}
+    for name, value in attributes.items():
+        setattr(model, name, value)
+
+
+def require_device(device: object) -> None:
+    """Raise unless there are kernels for ``device``; parts may also be offloaded to the disk."""
+    name = "cuda" if isinstance(device, int) else str(device)
+    if name != "disk" and torch.device(name).type not in ops.DEVICES:
+        raise UnsupportedError(f"no kernels for {device!r}: this version computes on {', '.join(ops.DEVICES)}")
+
+
+def odd_shapes(model: nn.Module) -> dict[str, str]:
+    """Metadata ``NAME.shape`` of packed weights with an odd number of columns."""
+    return {
+        f"{name}.weight.shape": json.dumps([module.out_features, module.in_features])
+        for name, module in model.named_modules()
+        if isinstance(module, Linear4bit) and module.spec.bits == 4 and module.in_features % 2
+    }
+
+
+def _packed_in_files(model: Any, files: Sequence[str], spec: QuantSpec) -> list[str]:
+    """The model's Linear layers whose weights the files hold packed: the files are the truth, not config.json."""
+    tensors = {tensor.name: tensor for file in files for tensor in read_file(Path(file).parent, Path(file).name)[0]}
+    prefix = str(getattr(model, "base_model_prefix", "") or "")
+    parameters = dict(model.named_parameters())
+    packed = []
+    for name in sorted(name for name in tensors if f"{name}_absmax" in tensors):
+        candidates = (name, f"{prefix}.{name}", name.removeprefix(f"{prefix}."))
+        found = next((candidate for candidate in candidates if candidate in parameters), None)
+        if found is None:
+            if HEADS.intersection(name.split(".")):
+                continue  # this class has another head, or none
+            raise FormatError(
+                f"{Path(files[0]).parent}: {type(model).__name__} has no parameter for the packed weight {name!r}: "
+                "config.json is of another model, or this class needs other weights"
+            )
+        module_name, _, leaf = found.rpartition(".")
+        owner = model.get_submodule(module_name)
+        if leaf != "weight" or not isinstance(owner, nn.Linear):
+            raise UnsupportedError(
+                f"{name} is packed, but belongs to a {type(owner).__name__}: only Linear layers compute in 4 bits; "
+                "quantize the model again without --include for it"
+            )
+        expected, stored = PackedShapes.of(tuple(owner.weight.shape), spec).codes, tensors[name].shape
+        if stored != expected:
+            raise FormatError(
+                f"{Path(files[0]).parent}: the packed weight {name!r} is {list(stored)}, but a layer of shape "
+                f"{list(owner.weight.shape)} takes {list(expected)}: config.json is of another model"
+            )
+        packed.append(module_name)
+    return packed
+
+
+def _empty_layer(linear: nn.Linear, spec: QuantSpec, pre_quantized: bool) -> Linear4bit:
+    """A layer on the meta device, to be filled from the file."""
+    dtype = linear.weight.dtype
+    layer = Linear4bit(
+        linear.in_features,
+        linear.out_features,
+        linear.bias is not None,
+        spec,
+        float_dtype=dtype,
+        device="meta",
+    )
+    if not pre_quantized:
+        # Loaders cast to the type and compare the shape of what stands here: it has to look like the file's tensor.
+        layer.weight = nn.Parameter(torch.empty_like(linear.weight, device="meta"), requires_grad=False)
+    return layer
+
+
+@cache
+def _pack_operation() -> type:
+    from transformers.core_model_loading import ConversionOps
+
+    class PackWeight(ConversionOps):  # type: ignore[misc]
+        """Quantizes one weight; transformers' loader finds the quantizer under the name ``hf_quantizer``."""
+
+        def __init__(self, hf_quantizer: QloraRsQuantizer) -> None:
+            self.hf_quantizer = hf_quantizer
+
+        def convert(
+            self, input_dict: dict[str, Any], *, model: Any = None, missing_keys: Any = None, **kwargs: Any
+        ) -> dict[str, nn.Parameter]:
+            result: dict[str, nn.Parameter] = {}
+            for name, value in input_dict.items():
+                weight = value[0] if isinstance(value, list) else value
+                owner = model.get_submodule(name.rpartition(".")[0])
+                try:
+                    if tuple(weight.shape) != (owner.out_features, owner.in_features):
+                        expected = [owner.out_features, owner.in_features]
+                        raise FormatError(f"the file has shape {list(weight.shape)}, the model {expected}")
+                    layer = Linear4bit.from_packed(quantize(weight, self.hf_quantizer.spec))
+                except (QloraError, ValueError, TypeError) as error:
+                    self.hf_quantizer.quantization_config.failures.append(type(error)(f"{name}: {error}"))
+                    raise
+                owner.float_dtype = layer.float_dtype
+                for part, parameter in layer.named_parameters():
+                    full = name.removesuffix("weight") + part
+                    parameter._is_hf_initialized = True  # type: ignore[attr-defined]
+                    result[full] = parameter
+                    if missing_keys is not None:
+                        missing_keys.discard(full)
+            return result
+
+        @property
+        def reverse_op(self) -> ConversionOps:
+            """Saving keeps what is packed."""
+            return _Unchanged()
+
+    class _Unchanged(ConversionOps):  # type: ignore[misc]
+        def convert(self, input_dict: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
+            return input_dict
+
+        @property
+        def reverse_op(self) -> ConversionOps:
+            return self
+
+    return PackWeight

@@ -1,0 +1,246 @@
+"""Whole models: load a packed one, quantize one on the way in, or in memory."""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from qlora_rs import ops
+from qlora_rs.checkpoint.choice import FLOAT_DTYPES as FLOAT_DTYPE_NAMES
+from qlora_rs.checkpoint.inspection import inspect
+from qlora_rs.checkpoint.source import read_config, require_folder
+from qlora_rs.errors import FormatError, NonFiniteError, UnsupportedError, require_extra
+from qlora_rs.linear import Linear4bit
+from qlora_rs.lora import replace_module
+from qlora_rs.packed import FLOAT_DTYPES
+from qlora_rs.report import PackedEntry, QuantizeReport, SkippedEntry
+from qlora_rs.selection import select_linear
+from qlora_rs.spec import QuantSpec
+
+
+def from_pretrained(
+    path: str | os.PathLike[str],
+    spec: QuantSpec | None = None,
+    dtype: torch.dtype | str = "auto",
+    device: torch.device | str | None = None,
+) -> Any:
+    """Load a model folder with its Linear layers packed, in evaluation mode.
+
+    A packed folder is loaded as it is. A folder in 16 or 32 bits is quantized on the way in, weight by weight, to the
+    same bytes that `checkpoint.quantize` writes: at no time does memory hold more than one float weight beside them.
+
+    Args:
+        path: a model folder (``config.json``, safetensors).
+        spec: how to quantize; NF4 in doubly quantized blocks of 64 by default. For a packed folder None, or what it
+            was packed with.
+        dtype: of everything that stays in floats, and of the arithmetic. ``"auto"``: bfloat16 where the processor
+            computes it fast, else float32.
+        device: only the CPU in this version.
+
+    Returns:
+        The transformers model that ``config.json`` names.
+
+    Raises:
+        FileNotFoundError, NotADirectoryError: there is no such folder.
+        FormatError: a file is damaged, or weights are missing or have other shapes than the model.
+        NonFiniteError: a weight that has to be quantized holds NaN or Inf.
+        UnsupportedError: transformers is not installed or does not know the model, the folder is quantized by another
+            library, or the device has no kernels.
+        ValueError: ``spec`` is not what the folder was packed with, or ``dtype`` is no float type.
+
+    >>> model = from_pretrained("SmolLM2-135M-nf4")  # doctest: +SKIP
+    """
+    folder = Path(path)
+    require_folder(folder)
+    target = _resolve_dtype(dtype)
+    if torch.device(device or "cpu").type not in ops.DEVICES:
+        raise UnsupportedError(f"no kernels for {device}: this version computes on {', '.join(ops.DEVICES)}")
+    info = inspect(folder)
+    transformers = require_extra("transformers", "transformers", "loading a model")
+    from qlora_rs.integrations.transformers import QloraRsConfig
+
+    if info.spec is not None:
+        if spec is not None and spec != info.spec:
+            raise ValueError(f"{folder} is packed as {info.spec.describe()}; it cannot be loaded as {spec.describe()}")
+        return _load(transformers, folder, target, None)
+    if info.config is not None:
+        raise UnsupportedError(f"{folder}: is quantized by {info.format!r}; start from the 16-bit model")
+    asked = QloraRsConfig.of(QuantSpec() if spec is None else spec)
+    # In the type of the files (or float32, which holds all of them), so that exactly their values are quantized; what
+    # stays in floats is cast afterwards.
+    stored = {FLOAT_DTYPE_NAMES[row.dtype] for row in info.tensors if row.dtype in FLOAT_DTYPE_NAMES}
+    loaded = getattr(torch, stored.pop() if len(stored) == 1 else "float32")
+    return _load(transformers, folder, loaded, asked).to(target)
+
+
+def quantize_model(
+    model: nn.Module,
+    spec: QuantSpec | None = None,
+    skip_modules: Sequence[str] | None = None,
+    *,
+    include: Sequence[str] | None = None,
+    progress: Callable[[int, int], object] | None = None,
+) -> QuantizeReport:
+    """Replace the Linear layers of a model in memory by packed ones, in place.
+
+    Args:
+        model: any module; what is no ``nn.Linear``, is packed already, or shares its weight with another module stays.
+        spec: NF4 in doubly quantized blocks of 64 by default.
+        skip_modules: patterns (full name, last component or glob) of layers that stay besides output heads and routers.
+        include: patterns of layers that are packed although the defaults would leave them.
+        progress: called with (bytes done, bytes in all) of the float weights.
+
+    Raises:
+        ValueError: a pattern matches no Linear layer, or nothing is left to pack.
+        NonFiniteError: a weight holds NaN or Inf (named); the model is then as it was before.
+        UnsupportedError: a layer's weight has a type or device that cannot be quantized.
+    """
+    spec = QuantSpec() if spec is None else spec
+    selection = select_linear(model, skip_modules=skip_modules, include=include)
+    reasons = dict(selection.skipped)
+    owners: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        owners.setdefault(id(parameter), []).append(name)
+    layers: dict[str, nn.Linear] = {}
+    for name in selection.packed:
+        layer = model.get_submodule(name)
+        assert isinstance(layer, nn.Linear)
+        others = [other for other in owners[id(layer.weight)] if other != f"{name}.weight"]
+        if isinstance(layer, Linear4bit):
+            reasons[name] = "packed already"
+        elif others:
+            reasons[name] = f"shares its weight with {others[0]}"
+        else:
+            layers[name] = layer
+    if not layers:
+        raise ValueError("nothing to pack: the model has no Linear layer that could be")
+    _check_weights(layers)
+    before = _bytes(model)
+    entries = []
+    done, total = 0, sum(layer.weight.nbytes for layer in layers.values())
+    for name, layer in layers.items():
+        packed = Linear4bit.from_float(layer, spec).train(layer.training)
+        replace_module(model, name, packed)
+        size, dtype = layer.weight.nbytes, str(layer.weight.dtype).removeprefix("torch.")
+        shape = tuple(layer.weight.shape)
+        after = packed.packed().nbytes
+        entries.append(PackedEntry(f"{name}.weight", shape, dtype, spec.describe(), size, after))
+        done += size
+        if progress is not None:
+            progress(done, total)
+    if "transformers" in sys.modules:
+        from qlora_rs.integrations.transformers import adopt
+
+        adopt(model, spec, list(reasons))
+    return QuantizeReport(tuple(entries), _kept(model, layers, reasons), before, _bytes(model))
+
+
+def _check_weights(layers: dict[str, nn.Linear]) -> None:
+    """Everything that could fail, before the first layer is replaced."""
+    for name, layer in layers.items():
+        weight = layer.weight
+        if weight.dtype not in FLOAT_DTYPES or weight.device.type not in ops.DEVICES:
+            raise UnsupportedError(
+                f"{name}.weight is {weight.dtype} on {weight.device}; float32, bfloat16 and float16 on "
+                f"{', '.join(ops.DEVICES)} can be quantized: move or cast the model, or skip the layer"
+            )
+        if not weight.is_meta and not torch.isfinite(weight).all():
+            bad = (~torch.isfinite(weight)).flatten()
+            raise NonFiniteError(
+                f"{name}.weight holds {int(bad.sum())} NaN or infinite value(s), the first at flat index "
+                f"{int(bad.int().argmax())}; mend the weight, or skip the layer"
+            )
+
+
+def _kept(model: nn.Module, packed: dict[str, nn.Linear], reasons: dict[str, str]) -> tuple[SkippedEntry, ...]:
+    entries = []
+    for name, parameter in model.named_parameters():
+        module_name, _, leaf = name.rpartition(".")
+        if module_name in packed and (leaf != "bias"):
+            continue
+        kind = "bias" if leaf == "bias" else f"{type(model.get_submodule(module_name)).__name__}: not a Linear layer"
+        reason = reasons.get(module_name) if leaf == "weight" else None
+        entries.append(SkippedEntry(name, reason or kind, parameter.nbytes))
+    return tuple(entries)
+
+
+def _bytes(model: nn.Module) -> int:
+    return sum(parameter.nbytes for parameter in model.parameters())
+
+
+def _resolve_dtype(dtype: torch.dtype | str) -> torch.dtype:
+    if dtype == "auto":
+        fast = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
+        return torch.bfloat16 if fast else torch.float32
+    named = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if named not in FLOAT_DTYPES:
+        raise ValueError(f"dtype is 'auto', float32, bfloat16 or float16; got {dtype!r}")
+    assert isinstance(named, torch.dtype)
+    return named
+
+
+def _load(transformers: Any, folder: Path, dtype: torch.dtype, quantization: Any | None) -> Any:
+    """Through transformers, with its silences turned into errors."""
+    named: list[Any] = [getattr(transformers, str(name), None) for name in read_config(folder).get("architectures") or ()]
+    cls = next((cls for cls in named if hasattr(cls, "from_pretrained")), transformers.AutoModelForCausalLM)
+    options = {} if quantization is None else {"quantization_config": quantization}
+    try:
+        with _quiet(transformers):
+            model, info = cls.from_pretrained(
+                str(folder),
+                dtype=dtype,
+                local_files_only=True,
+                trust_remote_code=False,
+                use_safetensors=True,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # so that they are told to us; they are no more welcome
+                **options,
+            )
+    except (RuntimeError, ValueError, KeyError, OSError) as error:
+        failures = getattr(quantization, "failures", None)
+        if failures:
+            raise failures[0] from None
+        raise FormatError(f"{folder}: transformers {transformers.__version__} cannot load it: {error}") from error
+    missing = sorted(set(info["missing_keys"]))
+    mismatched = {
+        name: f"{name} is {list(stored)} in the files and {list(expected)} in the model"
+        for name, stored, expected in info["mismatched_keys"]
+    }
+    absent = [name for name in missing if name not in mismatched]
+    if absent or mismatched:
+        first = absent[0] if absent else next(iter(mismatched.values()))
+        raise FormatError(
+            f"{folder}: {len(absent)} weights of {type(model).__name__} are in none of its files, {len(mismatched)} "
+            f"have another shape ({first}): config.json is of another model, or a file is missing"
+        )
+    unexpected = sorted(set(info["unexpected_keys"]))
+    if unexpected:
+        warnings.warn(
+            f"{folder}: {len(unexpected)} tensors are no parameters of {type(model).__name__} and were left out, "
+            f"e.g. {unexpected[0]}",
+            stacklevel=3,
+        )
+    return model
+
+
+@contextmanager
+def _quiet(transformers: Any) -> Iterator[None]:
+    """Without transformers' progress bars and its table of what did not fit, which becomes an error of ours."""
+    logging = transformers.utils.logging
+    shown, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if shown:
+            logging.enable_progress_bar()

@@ -228,7 +228,7 @@ def attach_to(
         assert isinstance(base, nn.Linear)
         layer = LoraLinear(base, r, lora_alpha, lora_dropout, use_rslora, generator=generator)
         replace_module(model, name, layer.train(base.training))
-    quantizer = getattr(model, "hf_quantizer", None)
+    quantizer: Any = getattr(model, "hf_quantizer", None)
     if hasattr(quantizer, "has_adapters"):
         quantizer.has_adapters = True  # transformers' Trainer refuses a packed model that has none
     return AttachReport.of(model, skipped)

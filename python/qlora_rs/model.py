@@ -189,7 +189,9 @@ def _resolve_dtype(dtype: torch.dtype | str) -> torch.dtype:
 
 def _load(transformers: Any, folder: Path, dtype: torch.dtype, quantization: Any | None) -> Any:
     """Through transformers, with its silences turned into errors."""
-    named: list[Any] = [getattr(transformers, str(name), None) for name in read_config(folder).get("architectures") or ()]
+    named: list[Any] = [
+        getattr(transformers, str(name), None) for name in read_config(folder).get("architectures") or ()
+    ]
     cls = next((cls for cls in named if hasattr(cls, "from_pretrained")), transformers.AutoModelForCausalLM)
     options = {} if quantization is None else {"quantization_config": quantization}
     try:

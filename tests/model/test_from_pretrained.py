@@ -175,7 +175,7 @@ def test_a_shape_that_config_does_not_ask_for_is_an_error(tiny_llama, packed, tm
     source = make_tiny_llama(tmp_path / "source")
     for folder in (packed, source):
         edit_config(folder, lambda config: config.update(intermediate_size=133))
-        with pytest.raises(qlora_rs.FormatError, match=r"mlp\.(down|gate|up)_proj.*13[13].*133"):
+        with pytest.raises(qlora_rs.FormatError, match=r"mlp\.(down|gate|up)_proj.*131.*133"):
             qlora_rs.from_pretrained(folder)
 
 

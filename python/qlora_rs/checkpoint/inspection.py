@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -176,7 +177,7 @@ def _rows(source: Source, spec: QuantSpec | None) -> tuple[TensorRow, ...]:
 
 
 def _packed_row(source: Source, codes: StoredTensor, spec: QuantSpec) -> TensorRow:
-    shape = _logical_shape(source, codes, spec)
+    shape = logical_shape(source.path, codes, source.metadata[codes.file], spec)
     shapes = PackedShapes.of(shape, spec)
     expected = {
         "": ("U8", shapes.codes),
@@ -198,8 +199,13 @@ def _packed_row(source: Source, codes: StoredTensor, spec: QuantSpec) -> TensorR
     return TensorRow(codes.name, "packed", spec.quant_type, shape, total, codes.file)
 
 
-def _logical_shape(source: Source, codes: StoredTensor, spec: QuantSpec) -> tuple[int, ...]:
-    recorded = source.metadata[codes.file].get(f"{codes.name}.shape")
+def logical_shape(folder: Path, codes: StoredTensor, metadata: Mapping[str, str], spec: QuantSpec) -> tuple[int, ...]:
+    """Shape of the weight that ``codes`` of a file with ``metadata`` stand for.
+
+    Raises:
+        FormatError: the metadata records something that is no shape.
+    """
+    recorded = metadata.get(f"{codes.name}.shape")
     if recorded is None:
         *lead, last = codes.shape or (0,)
         return (*lead, last if spec.bits == 8 else 2 * last)
@@ -210,6 +216,6 @@ def _logical_shape(source: Source, codes: StoredTensor, spec: QuantSpec) -> tupl
     sizes = shape if isinstance(shape, list) else [None]
     if not sizes or not all(type(size) is int and 0 <= size < 1 << 62 for size in sizes):
         raise FormatError(
-            f"{source.path / codes.file}: metadata {codes.name + '.shape'!r}: expected sizes, got {recorded!r}"
+            f"{folder / codes.file}: metadata {codes.name + '.shape'!r}: expected sizes, got {recorded!r}"
         )
     return tuple(sizes)

@@ -19,11 +19,11 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from qlora_rs import ops
-from qlora_rs.checkpoint.source import FORMAT_VERSION, check_format_version, read_file
+from qlora_rs.checkpoint.inspection import logical_shape
+from qlora_rs.checkpoint.source import FORMAT_VERSION, StoredTensor, check_format_version, read_file
 from qlora_rs.errors import FormatError, QloraError, UnsupportedError
 from qlora_rs.linear import Linear4bit
 from qlora_rs.lora import replace_module
-from qlora_rs.packed import PackedShapes
 from qlora_rs.quantization import quantize
 from qlora_rs.selection import HEADS, select_linear
 from qlora_rs.spec import QuantSpec
@@ -205,7 +205,12 @@ def odd_shapes(model: nn.Module) -> dict[str, str]:
 
 def _packed_in_files(model: Any, files: Sequence[str], spec: QuantSpec) -> list[str]:
     """The model's Linear layers whose weights the files hold packed: the files are the truth, not config.json."""
-    tensors = {tensor.name: tensor for file in files for tensor in read_file(Path(file).parent, Path(file).name)[0]}
+    tensors: dict[str, StoredTensor] = {}
+    metadata: dict[str, dict[str, str]] = {}
+    for file in map(Path, files):
+        stored, metadata[file.name] = read_file(file.parent, file.name)
+        tensors |= {tensor.name: tensor for tensor in stored}
+    folder = Path(files[0]).parent
     prefix = str(getattr(model, "base_model_prefix", "") or "")
     parameters = dict(model.named_parameters())
     packed = []
@@ -216,7 +221,7 @@ def _packed_in_files(model: Any, files: Sequence[str], spec: QuantSpec) -> list[
             if HEADS.intersection(name.split(".")):
                 continue  # this class has another head, or none
             raise FormatError(
-                f"{Path(files[0]).parent}: {type(model).__name__} has no parameter for the packed weight {name!r}: "
+                f"{folder}: {type(model).__name__} has no parameter for the packed weight {name!r}: "
                 "config.json is of another model, or this class needs other weights"
             )
         module_name, _, leaf = found.rpartition(".")
@@ -226,11 +231,11 @@ def _packed_in_files(model: Any, files: Sequence[str], spec: QuantSpec) -> list[
                 f"{name} is packed, but belongs to a {type(owner).__name__}: only Linear layers compute in 4 bits; "
                 "quantize the model again without --include for it"
             )
-        expected, stored = PackedShapes.of(tuple(owner.weight.shape), spec).codes, tensors[name].shape
-        if stored != expected:
+        shape = logical_shape(folder, tensors[name], metadata[tensors[name].file], spec)
+        if shape != tuple(owner.weight.shape):
             raise FormatError(
-                f"{Path(files[0]).parent}: the packed weight {name!r} is {list(stored)}, but a layer of shape "
-                f"{list(owner.weight.shape)} takes {list(expected)}: config.json is of another model"
+                f"{folder}: the packed weight {name!r} has shape {list(shape)}, but config.json asks for "
+                f"{list(owner.weight.shape)}: it is of another model"
             )
         packed.append(module_name)
     return packed

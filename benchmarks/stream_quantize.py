@@ -1,0 +1,225 @@
+"""Streaming quantize of a checkpoint that is larger than the memory allowed: GB/s of input, and peak memory.
+
+Makes a synthetic Llama-shaped bfloat16 checkpoint (8 GB, sharded, random weights), quantizes it by the
+command line in a process of its own, and prints speed and peak RSS beside the limits of this machine,
+measured in the same run:
+
+    python benchmarks/stream_quantize.py --dir /tmp --gigabytes 8
+
+Everything made under --dir is deleted afterwards.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import shutil
+import struct
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+
+GIB = 1 << 30
+RSS_LIMIT_GIB = 1.5
+HIDDEN, INTERMEDIATE, KV, VOCAB = 4096, 14336, 1024, 128_256
+
+
+def tensor_shapes(layers: int) -> dict[str, tuple[int, ...]]:
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (VOCAB, HIDDEN)}
+    for layer in range(layers):
+        prefix = f"model.layers.{layer}."
+        shapes |= {
+            f"{prefix}self_attn.q_proj.weight": (HIDDEN, HIDDEN),
+            f"{prefix}self_attn.k_proj.weight": (KV, HIDDEN),
+            f"{prefix}self_attn.v_proj.weight": (KV, HIDDEN),
+            f"{prefix}self_attn.o_proj.weight": (HIDDEN, HIDDEN),
+            f"{prefix}mlp.gate_proj.weight": (INTERMEDIATE, HIDDEN),
+            f"{prefix}mlp.up_proj.weight": (INTERMEDIATE, HIDDEN),
+            f"{prefix}mlp.down_proj.weight": (HIDDEN, INTERMEDIATE),
+            f"{prefix}input_layernorm.weight": (HIDDEN,),
+            f"{prefix}post_attention_layernorm.weight": (HIDDEN,),
+        }
+    return shapes | {"model.norm.weight": (HIDDEN,), "lm_head.weight": (VOCAB, HIDDEN)}
+
+
+def size_of(shape: tuple[int, ...]) -> int:
+    product = 2
+    for size in shape:
+        product *= size
+    return product
+
+
+def make_checkpoint(folder: Path, gigabytes: float) -> int:
+    """Write about so many GB; returns the bytes of tensors. Each tensor is a window of one random pool."""
+    per_layer = sum(map(size_of, tensor_shapes(1).values())) - sum(map(size_of, tensor_shapes(0).values()))
+    fixed = sum(map(size_of, tensor_shapes(0).values()))
+    layers = max(1, round((gigabytes * 1e9 - fixed) / per_layer))
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_size": HIDDEN,
+        "intermediate_size": INTERMEDIATE,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "vocab_size": VOCAB,
+        "tie_word_embeddings": False,
+        "dtype": "bfloat16",
+    }
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config))
+    normal = np.random.default_rng(0).standard_normal(1 << 25, dtype=np.float32) * np.float32(0.02)
+    window = memoryview((normal.view(np.uint32) >> 16).astype(np.uint16).view(np.uint8))
+    del normal
+    shards: list[dict[str, tuple[int, ...]]] = [{}]
+    for name, shape in tensor_shapes(layers).items():
+        if sum(map(size_of, shards[-1].values())) + size_of(shape) > 4.9e9:
+            shards.append({})
+        shards[-1][name] = shape
+    weight_map = {}
+    for number, shard in enumerate(shards, 1):
+        file_name = f"model-{number:05}-of-{len(shards):05}.safetensors"
+        write_shard(folder / file_name, shard, window)
+        weight_map |= dict.fromkeys(shard, file_name)
+    total = sum(size_of(shape) for shard in shards for shape in shard.values())
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    return total
+
+
+def write_shard(path: Path, shapes: dict[str, tuple[int, ...]], window: memoryview) -> None:
+    header, offset = {}, 0
+    for name, shape in shapes.items():
+        header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [offset, offset + size_of(shape)]}
+        offset += size_of(shape)
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with open(path, "wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        while offset:
+            offset -= file.write(window[: min(offset, len(window))])
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def drop_cache(folder: Path) -> None:
+    """Ask the system to forget the files' pages, so that reading means the disk."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with open(path, "rb") as file:
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def run_child(program: str, *arguments: str) -> tuple[float, float]:
+    """Seconds and peak RSS (GiB) of a Python process.
+
+    NOTE: the process reads its own high-water mark: ru_maxrss would count this process's size at the fork.
+    """
+    with tempfile.NamedTemporaryFile("r") as peak:
+        report = f"open({peak.name!r}, 'w').write(open('/proc/self/status').read())"
+        program = f"import atexit\natexit.register(lambda: {report})\n{program}"
+        start = time.perf_counter()
+        subprocess.run([sys.executable, "-c", program, *arguments], stdout=subprocess.DEVNULL, check=True)
+        seconds = time.perf_counter() - start
+        fields = dict(line.split(":", 1) for line in peak.read().splitlines())
+    return seconds, int(fields["VmHWM"].split()[0]) * 1024 / GIB
+
+
+def read_speed(folder: Path) -> float:
+    """GB/s of reading the files in 8 MiB pieces."""
+    buffer, total = bytearray(8 << 20), 0
+    start = time.perf_counter()
+    for path in sorted(folder.glob("*.safetensors")):
+        with open(path, "rb", buffering=0) as file:
+            while count := file.readinto(buffer):
+                total += count
+    return total / (time.perf_counter() - start) / 1e9
+
+
+def hash_speed() -> float:
+    """GB/s of SHA-256 on one thread."""
+    data = bytes(64 << 20)
+    start = time.perf_counter()
+    hashlib.sha256(data).digest()
+    return len(data) / (time.perf_counter() - start) / 1e9
+
+
+QUANTIZE_SPEED = f"""
+import time, torch, qlora_rs
+weight = torch.randn({INTERMEDIATE}, {HIDDEN}).to(torch.bfloat16)
+best = 0.0
+for _ in range(5):
+    start = time.perf_counter()
+    qlora_rs.quantize(weight)
+    best = max(best, weight.nbytes / (time.perf_counter() - start) / 1e9)
+print(best)
+"""
+
+
+def quantize_speed() -> float:
+    """GB/s of bfloat16 input through `qlora_rs.quantize` in memory, best of five."""
+    run = subprocess.run([sys.executable, "-c", QUANTIZE_SPEED], capture_output=True, text=True, check=True)
+    return float(run.stdout)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--dir", type=Path, default=Path(tempfile.gettempdir()), help="where to write")
+    parser.add_argument("--gigabytes", type=float, default=8.0)
+    parser.add_argument("--repeat", type=int, default=2, help="runs, of which the fastest counts")
+    options = parser.parse_args()
+    folder = Path(tempfile.mkdtemp(prefix="stream_quantize_", dir=options.dir))
+    try:
+        source, target = folder / "source", folder / "packed"
+        total = make_checkpoint(source, options.gigabytes)
+        files = len(list(source.glob("*.safetensors")))
+        print(f"source: {total / 1e9:.2f} GB of bfloat16 in {files} files")
+        imports = "import torch, qlora_rs"
+        _, bare = run_child("pass")
+        _, torch_rss = run_child(imports)
+        _, all_rss = run_child(f"{imports}; from transformers import AutoConfig, LlamaForCausalLM")
+        drop_cache(source)
+        cold = read_speed(source)
+        limits = {"disk, cold": cold, "read again": read_speed(source), "sha256": hash_speed()}
+        limits["quantize in memory"] = quantize_speed()
+        command = (
+            "from qlora_rs.cli import main; main()",
+            "quantize",
+            str(source),
+            str(target),
+            "--overwrite",
+        )
+        startup, _ = run_child(*command, "--dry-run")
+        runs = []
+        for _ in range(options.repeat):
+            drop_cache(source)
+            runs.append(run_child(*command))
+        seconds, peak = min(run[0] for run in runs), max(run[1] for run in runs)
+        packed = sum(path.stat().st_size for path in target.glob("*.safetensors"))
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    print(f"packed: {packed / 1e9:.2f} GB")
+    for name, speed in limits.items():
+        print(f"limit: {name:<20} {speed:6.2f} GB/s")
+    work = seconds - startup
+    print(f"command: {seconds:.1f} s, of which start-up (imports, model on meta, plan) {startup:.1f} s")
+    print(f"streaming: {total / work / 1e9:.2f} GB/s of input ({total / seconds / 1e9:.2f} with start-up)")
+    slowest = min(limits, key=lambda name: limits[name])
+    print(f"share of the slowest limit ({slowest}): {total / work / 1e9 / limits[slowest]:.0%}")
+    print(f"peak RSS: {peak:.2f} GiB (bar {RSS_LIMIT_GIB}): {'ok' if peak <= RSS_LIMIT_GIB else 'MISSED'}")
+    print(
+        f"  of which Python {bare:.2f}, + torch and qlora_rs {torch_rss - bare:.2f}, "
+        f"+ transformers {all_rss - torch_rss:.2f}, + model on meta, buffers and scales {peak - all_rss:.2f}"
+    )
+    if peak > RSS_LIMIT_GIB:
+        raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    main()

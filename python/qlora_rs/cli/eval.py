@@ -1,0 +1,114 @@
+"""``qlora-rs eval MODEL TEXT``: perplexity of a model on a text."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from qlora_rs.cli import output
+
+
+def evaluate(
+    model: Annotated[
+        Path,
+        typer.Argument(metavar="MODEL", help="Model folder, packed or not (then used as it is).", show_default=False),
+    ],
+    text: Annotated[Path, typer.Argument(metavar="TEXT", help="Text file, UTF-8.", show_default=False)],
+    adapter: Annotated[
+        Path | None, typer.Option("--adapter", metavar="DIR", help="Adapter folder to put on the model.")
+    ] = None,
+    window: Annotated[
+        int, typer.Option(min=2, help="Tokens per window; figures of different windows do not compare.")
+    ] = 512,
+    max_tokens: Annotated[
+        int | None, typer.Option(min=2, help="Only the first tokens of the text.", show_default="all")
+    ] = None,
+    dtype: Annotated[
+        str,
+        typer.Option(help="Arithmetic: float32, bfloat16, or auto (bfloat16 where the processor is fast at it)."),
+    ] = "auto",
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as one JSON document.")] = False,
+) -> None:
+    """Measure the perplexity of a model on a text: how well it predicts each next token.
+
+    The text is cut into consecutive windows; in each, every token but the first is scored, given those before
+    it in the window. Lower is better. To see what quantizing cost, run it on the 16-bit folder and on the packed one.
+
+    Example:
+
+        qlora-rs eval Llama-3.2-1B-nf4 article.txt
+
+        qlora-rs eval Llama-3.2-1B-nf4 article.txt --adapter adapter --max-tokens 4096 --json
+    """
+    from qlora_rs.cli.loading import load_model
+    from qlora_rs.eval import perplexity
+
+    content = _read_text(text)
+    loaded = load_model(model, adapter, dtype)
+    tokens = loaded.tokenizer(content).input_ids[:max_tokens]
+    if len(tokens) < 2:
+        raise ValueError(f"{text}: gives {len(tokens)} token(s); at least 2 are needed")
+    started = time.monotonic()
+    with _progress_tokens() as progress:
+        result = perplexity(loaded.model, tokens, window=window, progress=progress)
+    seconds = time.monotonic() - started
+    if as_json:
+        output.print_json(
+            {
+                "model": str(model),
+                "adapter": None if adapter is None else str(adapter),
+                "weights": loaded.description,
+                "text": str(text),
+                "dtype": str(loaded.model.dtype).removeprefix("torch."),
+                "window": window,
+                "windows": result.windows,
+                "tokens": result.tokens,
+                "perplexity": result.ppl,
+                "nats_per_token": result.nll,
+                "seconds": seconds,
+            }
+        )
+        return
+    windows = f"{result.windows} window{'s' if result.windows != 1 else ''} of {window}"
+    output.print_result(f"perplexity  {result.ppl:.4g}" if result.ppl >= 1000 else f"perplexity  {result.ppl:.2f}")
+    output.print_result(f"nats/token  {result.nll:.4f}")
+    output.print_result(f"tokens      {result.tokens:,} scored, in {windows}")
+    output.print_result(f"seconds     {seconds:.1f} ({result.tokens / max(seconds, 1e-9):,.0f} tokens/s)")
+
+
+def _read_text(path: Path) -> str:
+    from qlora_rs.errors import FormatError
+
+    try:
+        content = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise FormatError(
+            f"{path}: is not UTF-8 text (byte {error.start} is {error.object[error.start]:#04x}); convert it first, "
+            "e.g. with iconv"
+        ) from None
+    if not content.strip():
+        raise FormatError(f"{path}: is empty")
+    return content
+
+
+@contextmanager
+def _progress_tokens() -> Iterator[Callable[[int, int], None] | None]:
+    """A bar in tokens; None where stderr is no terminal."""
+    if not output.stderr.is_terminal:
+        yield None
+        return
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=output.stderr, transient=True) as bar:
+        task = bar.add_task("evaluating", total=None)
+
+        def update(done: int, total: int) -> None:
+            bar.update(task, completed=done, total=total)
+
+        yield update

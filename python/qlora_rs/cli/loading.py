@@ -1,0 +1,135 @@
+"""A model folder, its tokenizer and an adapter, loaded for a command: packed or not, with transformers kept quiet."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from qlora_rs.cli import output
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """What a command works with.
+
+    Attributes:
+        model: a transformers causal language model, in evaluation mode.
+        tokenizer: its tokenizer.
+        description: how its weights are held, for people.
+    """
+
+    model: Any
+    tokenizer: Any
+    description: str
+
+
+def load_model(path: Path, adapter: Path | None = None, dtype: str = "auto") -> LoadedModel:
+    """Load a packed folder, or one in 16 bits as it is (not quantized), and say on stderr which.
+
+    Raises:
+        FileNotFoundError, NotADirectoryError: there is no such folder, or no adapter in ``adapter``.
+        FormatError: a file is damaged, or weights are missing.
+        UnsupportedError: transformers is not installed or does not know the model; no causal language model; no
+            tokenizer.
+        ValueError: ``dtype`` is no float type.
+    """
+    from qlora_rs import from_pretrained, load_adapter
+    from qlora_rs.checkpoint import read_quantization_config
+    from qlora_rs.errors import UnsupportedError
+    from qlora_rs.spec import QuantSpec
+
+    quantization = read_quantization_config(path)
+    transformers = quiet_transformers("running a model")
+    with warnings_as_messages():
+        tokenizer = _load_tokenizer(transformers, path)
+        if quantization is None:
+            model, held = _load_float_model(transformers, path, dtype), "not packed: used as it is, without quantizing"
+        else:
+            model, held = from_pretrained(path, dtype=dtype), "packed"
+        if quantization is not None:
+            held = f"packed ({QuantSpec.from_config(quantization).describe()})"
+        if getattr(model, "get_output_embeddings", lambda: None)() is None or not hasattr(model, "generate"):
+            raise UnsupportedError(f"{path}: {type(model).__name__} is no causal language model")
+        if adapter is not None:
+            load_adapter(model, adapter)
+    model.eval()
+    arithmetic = str(model.dtype).removeprefix("torch.")
+    with_adapter = "" if adapter is None else f", with the adapter {adapter}"
+    output.message(f"{path}: {held}{with_adapter}; arithmetic in {arithmetic}")
+    return LoadedModel(model, tokenizer, held)
+
+
+def quiet_transformers(purpose: str) -> ModuleType:
+    """The package, without its own progress bars and log lines: a command's stderr is for what the user should know.
+
+    Raises:
+        UnsupportedError: it is not installed.
+    """
+    from qlora_rs.errors import require_extra
+
+    # Models are folders here; without this some versions ask the hub for optional files.
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    transformers = require_extra("transformers", "transformers", purpose)
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    return transformers
+
+
+@contextmanager
+def warnings_as_messages() -> Iterator[None]:
+    """Print warnings for the user as plain messages, and drop those for developers of other libraries."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("default")
+        yield
+    for text in dict.fromkeys(str(each.message) for each in caught if issubclass(each.category, UserWarning)):
+        output.message(f"note: {text}")
+
+
+def _load_tokenizer(transformers: ModuleType, path: Path) -> Any:
+    from qlora_rs.errors import UnsupportedError
+
+    try:
+        return transformers.AutoTokenizer.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # whatever a tokenizer's own code raises for files that it cannot use
+        raise UnsupportedError(f"{path}: has no tokenizer that transformers can load: {_first_line(error)}") from None
+
+
+def _load_float_model(transformers: ModuleType, path: Path, dtype: str) -> Any:
+    from qlora_rs.checkpoint.source import open_source
+    from qlora_rs.errors import FormatError
+    from qlora_rs.model import _resolve_dtype as resolve_dtype
+
+    source = open_source(path)
+    target = resolve_dtype(dtype)
+    try:
+        model, info = transformers.AutoModelForCausalLM.from_pretrained(
+            str(source.path),
+            dtype=target,
+            local_files_only=True,
+            trust_remote_code=False,
+            use_safetensors=True,
+            output_loading_info=True,
+        )
+    except (RuntimeError, ValueError, KeyError, OSError) as error:
+        raise FormatError(
+            f"{path}: transformers {transformers.__version__} cannot load it as a causal language model: "
+            f"{_first_line(error)}"
+        ) from error
+    absent = sorted({*info["missing_keys"], *(str(each) for each in info["mismatched_keys"])})
+    if absent:
+        raise FormatError(
+            f"{path}: {len(absent)} weights of {type(model).__name__} are in none of its files or have another shape, "
+            f"e.g. {absent[0]}: config.json is of another model, or a file is missing"
+        )
+    return model
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0] if lines else ''}".rstrip(": ")

@@ -1,0 +1,84 @@
+"""``qlora-rs quantize SRC DST``: a model folder to a packed one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from qlora_rs.cli import output
+
+
+def quantize(
+    src: Annotated[
+        Path, typer.Argument(metavar="SRC", help="Hugging Face model folder; only read.", show_default=False)
+    ],
+    dst: Annotated[Path, typer.Argument(metavar="DST", help="Folder to make; absent or whole.", show_default=False)],
+    quant_type: Annotated[str, typer.Option("--type", help="Data type: nf4, fp4, int4 or int8.")] = "nf4",
+    block_size: Annotated[int, typer.Option(help="Weights that share a scale: 32, 64, 128, ... 4096.")] = 64,
+    double_quant: Annotated[
+        bool,
+        typer.Option("--double-quant/--no-double-quant", help="Quantize the scales too: 4.13, not 4.5 bits a weight."),
+    ] = True,
+    skip: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--skip",
+            metavar="PATTERN",
+            help="Leave these layers besides the defaults: full name, last part or glob. Repeatable.",
+        ),
+    ] = None,
+    include: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--include",
+            metavar="PATTERN",
+            help="Pack these weights although the defaults leave them; needed where transformers does not "
+            "know the architecture. Repeatable.",
+        ),
+    ] = None,
+    jobs: Annotated[int, typer.Option("--jobs", min=0, help="Threads that quantize; 0 for all.")] = 0,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace DST once the new is whole.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be packed; write nothing.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report as one JSON document.")] = False,
+) -> None:
+    """Quantize a model to 4 bits, files to files.
+
+    The weights of all Linear layers are packed; output heads, routers, embeddings and norms stay in 16 bits,
+    and tokenizer and other files are carried over. Weights pass through in slices: memory does not grow with
+    the model.
+
+    Example:
+
+        qlora-rs quantize Llama-3.2-1B Llama-3.2-1B-nf4
+
+        qlora-rs quantize Llama-3.2-1B out --type int8 --block-size 128 --skip 'model.layers.0.*'
+    """
+    from qlora_rs import checkpoint
+    from qlora_rs.spec import QuantSpec
+
+    spec = QuantSpec(quant_type, block_size, double_quant)
+    try:
+        with output.progress_bytes("quantizing") as progress:
+            report = checkpoint.quantize(
+                src,
+                dst,
+                spec,
+                skip_modules=skip,
+                include=include,
+                overwrite=overwrite,
+                dry_run=dry_run,
+                num_threads=jobs,
+                progress=progress,
+            )
+    except KeyboardInterrupt as interruption:
+        if str(interruption):
+            output.stderr.print(str(interruption), markup=False, highlight=False, soft_wrap=True)
+        raise
+    if as_json:
+        output.print_json(report.to_dict())
+        return
+    output.stdout.print(str(report), markup=False, highlight=False, soft_wrap=True)
+    done = "would be written to" if dry_run else "written to"
+    output.stderr.print(f"{done} {dst}", markup=False, highlight=False, soft_wrap=True)

@@ -1,0 +1,301 @@
+"""`merge`: a model folder and an adapter to a plain 16-bit model folder, streamed."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qlora_rs.adapter_merge import MergedLayer, MergeReport, cast, check_dtype, merge_weight, relative_error
+from qlora_rs.adapters import adapter_delta, read_adapter
+from qlora_rs.checkpoint import CheckpointInfo, inspect
+from qlora_rs.checkpoint.choice import FLOAT_DTYPES
+from qlora_rs.checkpoint.companions import companion_files
+from qlora_rs.checkpoint.folder import copy_file, partial_folder, require_space, resolve_destination, write_json
+from qlora_rs.checkpoint.provenance import open_recorded_source, recorded_source_bytes
+from qlora_rs.checkpoint.shards import PlannedTensor, plan_shards, write_shards
+from qlora_rs.checkpoint.source import CONFIG, Source, open_source, require_folder
+from qlora_rs.checkpoint.weights import TensorReader, stored_name
+from qlora_rs.errors import FormatError, UnsupportedError
+from qlora_rs.quantization import dequantize
+from qlora_rs.report import SkippedEntry, fold, format_bytes
+
+Progress = Callable[[int, int], object]
+Pair = tuple[Tensor, Tensor]
+
+STORED_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+
+
+@dataclass(frozen=True)
+class FolderMergeReport(MergeReport):
+    """What merging did, layer by layer in the order of the files, and what it wrote.
+
+    Attributes:
+        bytes_before: bytes of the model's tensors.
+        bytes_after: bytes of the merged model's tensors.
+        files: the weight files that were written.
+        left_out: files of the model folder that were not carried over.
+        notes: anything else worth knowing.
+    """
+
+    bytes_before: int
+    bytes_after: int
+    files: tuple[str, ...]
+    left_out: tuple[SkippedEntry, ...]
+    notes: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The same as plain JSON values."""
+        return {
+            **super().to_dict(),
+            "bytes_before": self.bytes_before,
+            "bytes_after": self.bytes_after,
+            "files": list(self.files),
+            "left_out": [asdict(entry) for entry in self.left_out],
+            "notes": list(self.notes),
+        }
+
+    def __str__(self) -> str:
+        """A few lines."""
+        sizes = f"all tensors: {format_bytes(self.bytes_before)} -> {format_bytes(self.bytes_after)}"
+        lines = [super().__str__(), sizes]
+        for name, group in fold(self.left_out, lambda entry: entry.reason):
+            lines.append(f"left out {name} ({format_bytes(sum(e.bytes for e in group))}): {group[0].reason}")
+        lines.extend(f"note: {note}" for note in self.notes)
+        return "\n".join(lines)
+
+
+def merge(
+    model: str | os.PathLike[str],
+    adapter: str | os.PathLike[str],
+    destination: str | os.PathLike[str],
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    base: str | os.PathLike[str] | None = None,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+    max_shard_size: int = 5_000_000_000,
+) -> FolderMergeReport:
+    """Merge an adapter into a packed model, files to files: a plain model folder that needs no qlora_rs any more.
+
+    A weight becomes ``base + (alpha / r) B A``, summed in float32 and rounded once; packed weights without an adapter
+    are dequantized. All other float32, bfloat16 and float16 tensors (embeddings, norms, biases) are cast to ``dtype``,
+    so that the model has one type; tensors of other types and all other files are copied. Tensors pass through one at a
+    time: memory does not grow with the model. ``destination`` is absent or whole at any time.
+
+    Args:
+        model: a packed model folder. One in 16 bits is taken too: the adapter is then added to its weights.
+        adapter: a folder with PEFT's two files.
+        destination: the folder to make.
+        dtype: of the merged model: bfloat16, float16 or float32.
+        base: None merges over the dequantized weights, which is what the adapter was trained on. The path of the
+            16-bit model that ``model`` was made from merges over its weights instead: they are better, but the
+            adapter was trained to mend the packed ones. It must have the hashes that ``model`` has recorded.
+        overwrite: replace an existing model in ``destination`` once the new one is whole.
+        progress: called with (bytes done, bytes in all) of what is read.
+        max_shard_size: bytes of tensors per file.
+
+    Raises:
+        FileNotFoundError, NotADirectoryError: there is no such model or adapter.
+        FormatError: a file is damaged; the adapter names a layer that the model lacks or has in another shape; a file
+            of ``base`` has another hash than the recorded one; a value does not fit ``dtype``.
+        UnsupportedError: the model is quantized by another library; the adapter sits on a tied output head; ``base``
+            cannot be checked; ``destination`` is no place for a model.
+        ValueError: ``dtype`` is not a float type, or ``base`` is given for a model in 16 bits.
+        OSError: the system failed, with the file's name; what was written so far is removed.
+
+    >>> print(merge("SmolLM2-135M-nf4", "adapter", "merged"))  # doctest: +SKIP
+    """
+    check_dtype(dtype)
+    if max_shard_size < 1:
+        raise ValueError(f"max_shard_size is at least 1; got {max_shard_size}")
+    model_path, adapter_path, asked = Path(model), Path(adapter), Path(destination)
+    base_path = None if base is None else Path(base)
+    require_folder(model_path)
+    info = inspect(model_path)
+    source = open_source(model_path)
+    notes = _check_model(info, base_path)
+    config, pairs = read_adapter(adapter_path)
+    adapted = _adapted_tensors(info, source, adapter_path, pairs)
+    target = resolve_destination(model_path, asked, overwrite)
+    for other in (adapter_path, *(() if base_path is None else (base_path,))):
+        resolve_destination(other, asked, overwrite)
+    carried, left_out = companion_files(source)
+    planned = [_planned(row.name, row.dtype, row.shape, row.bytes, row.kind == "packed", dtype) for row in info.tensors]
+    shards = plan_shards(planned, max_shard_size)
+    bytes_after = sum(tensor.nbytes for tensor in planned)
+    require_space(target, bytes_after + sum((model_path / name).stat().st_size for name in carried))
+
+    hashed_bytes = 0 if base_path is None else recorded_source_bytes(info, base_path)
+    counter = _Counter(progress, info.total_bytes + hashed_bytes)
+    read_base = None if base_path is None else open_recorded_source(info, base_path, counter.add)
+    merger = _Merger(info, TensorReader(source), read_base, config, adapted, dtype, counter)
+    with partial_folder(target, overwrite, notes) as folder:
+        write_shards(folder, shards, merger.tensor, {"format": "pt"})
+        for name in carried:
+            copy_file(model_path / name, folder / name)
+        write_json(folder / CONFIG, _plain_config(source.config, dtype))
+    described = "its 16-bit weights" if info.spec is None else "the dequantized base"
+    order = {row.name: number for number, row in enumerate(info.tensors)}
+    return FolderMergeReport(
+        layers=tuple(row for _, row in sorted(merger.layers.items(), key=lambda item: order[item[0]])),
+        dtype=dtype,
+        base=described if base_path is None else f"the weights of {base_path}",
+        bytes_before=info.total_bytes,
+        bytes_after=bytes_after,
+        files=tuple(shard.file for shard in shards),
+        left_out=tuple(left_out),
+        notes=tuple(notes),
+    )
+
+
+class _Merger:
+    """Makes the tensors of the merged model, one at a time, and keeps what is to be reported."""
+
+    def __init__(
+        self,
+        info: CheckpointInfo,
+        reader: TensorReader,
+        base: Callable[[str], Tensor] | None,
+        config: Mapping[str, Any],
+        adapted: Mapping[str, tuple[str, Pair]],
+        dtype: torch.dtype,
+        counter: _Counter,
+    ) -> None:
+        self.info, self.reader, self.base = info, reader, base
+        self.config, self.adapted, self.dtype, self.counter = config, adapted, dtype, counter
+        self.rows = {row.name: row for row in info.tensors}
+        self.layers: dict[str, MergedLayer] = {}
+
+    def tensor(self, name: str) -> Tensor:
+        """The merged tensor ``name``."""
+        row = self.rows[name]
+        try:
+            result = self._make(name)
+        except FormatError as error:
+            raise FormatError(f"{Path(self.info.path) / row.file}: {name}: {error}") from None
+        self.counter.add(row.bytes)
+        return result
+
+    def _make(self, name: str) -> Tensor:
+        row = self.rows[name]
+        layer, pair = self.adapted.get(name, (name.removesuffix(".weight"), None))
+        base_error = None
+        if row.kind == "packed":
+            start = self._dequantized(name)
+            if self.base is not None:
+                dequantized, start = start, self.base(name)
+                if start.shape != dequantized.shape:
+                    raise FormatError(f"has shape {list(dequantized.shape)}, but {list(start.shape)} in the base")
+                base_error = relative_error(dequantized, start)
+        elif pair is None:
+            stored = self.reader.stored(name)
+            return cast(stored, self.dtype) if row.dtype in FLOAT_DTYPES else stored
+        else:
+            start = self.reader.stored(name)
+        delta = None if pair is None else adapter_delta(self.config, pair)
+        merged, error = merge_weight(start, delta, self.dtype)
+        self.layers[name] = MergedLayer(layer, error, base_error)
+        return merged
+
+    def _dequantized(self, name: str) -> Tensor:
+        assert self.info.spec is not None
+        packed = self.reader.packed(name, self.rows[name].shape, self.info.spec)
+        try:
+            return dequantize(packed, torch.float32)
+        except ValueError as error:
+            raise FormatError(str(error)) from None
+
+
+class _Counter:
+    """Adds up bytes for ``progress``."""
+
+    def __init__(self, progress: Progress | None, total: int) -> None:
+        self.progress, self.total, self.done = progress, total, 0
+
+    def add(self, count: int) -> None:
+        """``count`` more bytes are done."""
+        self.done += count
+        if self.progress is not None:
+            self.progress(self.done, self.total)
+
+
+def _check_model(info: CheckpointInfo, base: Path | None) -> list[str]:
+    if info.format not in ("qlora_rs", "float"):
+        raise UnsupportedError(f"{info.path}: is quantized by {info.format!r}; only this library's packed models merge")
+    if info.spec is not None:
+        return []
+    if base is not None:
+        raise ValueError(f"{info.path} is in 16 or 32 bits itself: there is no other base to merge over")
+    return [f"{info.path} is not packed: if the adapter was trained over packed weights, these are not quite its base"]
+
+
+def _adapted_tensors(
+    info: CheckpointInfo, source: Source, adapter: Path, pairs: Mapping[str, Pair]
+) -> dict[str, tuple[str, Pair]]:
+    """Per tensor that has an adapter: the layer's name, A and B. Everything is checked here, before any work."""
+    rows = {row.name: row for row in info.tensors}
+    adapted: dict[str, tuple[str, Pair]] = {}
+    missing: list[str] = []
+    for layer, (a, b) in pairs.items():
+        name = stored_name(f"{layer}.weight", rows)
+        if _is_tied(layer, name, source.config):
+            raise UnsupportedError(
+                f"{adapter}: {layer} is tied to the embedding in {info.path}, which the adapter would change too. "
+                f"Train without {layer.rpartition('.')[2]!r} in target_modules; or untie the two before quantizing: "
+                "store the head's weight in the files and set tie_word_embeddings to false"
+            )
+        if name is None:
+            missing.append(layer)
+            continue
+        row = rows[name]
+        shape = (b.shape[0], a.shape[1])
+        if row.shape != shape:
+            raise FormatError(
+                f"{adapter}: {layer}: the adapter is for a weight of {list(shape)}, {name} of {info.path} has "
+                f"{list(row.shape)}; is this adapter for another model?"
+            )
+        if row.kind != "packed" and row.dtype not in FLOAT_DTYPES:
+            raise UnsupportedError(f"{adapter}: {layer}: the model's weight is {row.dtype}, which takes no adapter")
+        adapted[name] = (layer, (a, b))
+    if missing:
+        raise FormatError(
+            f"{adapter}: adapters of {len(missing)} layers that {info.path} lacks, e.g. {missing[0]}; "
+            "is this adapter for another model?"
+        )
+    return adapted
+
+
+def _is_tied(layer: str, stored: str | None, config: Mapping[str, Any]) -> bool:
+    """Whether ``layer`` is an output head that reads the embedding: transformers then ignores a weight of its own."""
+    if layer.rpartition(".")[2] not in ("lm_head", "embed_out"):
+        return False
+    text = config.get("text_config")
+    asked = config.get("tie_word_embeddings", text.get("tie_word_embeddings") if isinstance(text, dict) else None)
+    return stored is None or asked is True
+
+
+def _planned(
+    name: str, stored: str, shape: tuple[int, ...], nbytes: int, packed: bool, dtype: torch.dtype
+) -> PlannedTensor:
+    if packed or stored in FLOAT_DTYPES:
+        elements = torch.Size(shape).numel()
+        return PlannedTensor(name, STORED_DTYPES[dtype], shape, elements * dtype.itemsize)
+    return PlannedTensor(name, stored, shape, nbytes)
+
+
+def _plain_config(config: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+    """``config.json`` without the quantization and with the new type, its own keys in their order."""
+    name = str(dtype).removeprefix("torch.")
+
+    def plain(part: Mapping[str, Any]) -> dict[str, Any]:
+        kept = {key: value for key, value in part.items() if key != "quantization_config"}
+        return {key: name if key in ("dtype", "torch_dtype") else value for key, value in kept.items()}
+
+    parts = {key: plain(value) if isinstance(value, dict) else value for key, value in plain(config).items()}
+    return parts if "dtype" in parts or "torch_dtype" in parts else {**parts, "dtype": name}

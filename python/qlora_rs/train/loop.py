@@ -1,0 +1,210 @@
+"""The loop: evaluate, save, step, until all steps are done."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from qlora_rs.adapters import save_adapter
+from qlora_rs.errors import QloraError
+from qlora_rs.lora import lora_parameters
+from qlora_rs.train.batches import SampleStream, batches, derived_seed
+from qlora_rs.train.curve import CURVE_FILE, draw_curve
+from qlora_rs.train.encoding import Sample
+from qlora_rs.train.interruption import Interruption
+from qlora_rs.train.log import LOG_FILE, EvalEntry, Log, StepEntry, read_log
+from qlora_rs.train.loss import loss_sum
+from qlora_rs.train.options import Plan, TrainOptions
+from qlora_rs.train.schedule import learning_rate
+from qlora_rs.train.state import STATE_FILE, TrainingState, capture, restore, save_state
+
+StepCallback = Callable[[StepEntry, int], object]
+MessageCallback = Callable[[str], object]
+
+
+class DivergedError(QloraError):
+    """The loss or its gradient is no longer a finite number. The message names the step."""
+
+
+@dataclass(frozen=True)
+class Callbacks:
+    """Who hears of a run.
+
+    Attributes:
+        on_step: called after every step with its log entry and the number of steps in all.
+        on_message: called with a line for people.
+    """
+
+    on_step: StepCallback | None = None
+    on_message: MessageCallback | None = None
+
+    def message(self, text: str) -> None:
+        """Tell people something."""
+        if self.on_message is not None:
+            self.on_message(text)
+
+
+class Trainer:
+    """A model with adapters, its optimizer, and how far the run is.
+
+    Args:
+        model: with adapters attached.
+        training, held_out: encoded samples.
+        pad_id: token that fills rows up.
+        options, plan: what to do.
+        settings: what a resumed run must have in common with this one.
+        state: of the run to go on with.
+        callbacks: who hears of it.
+
+    Raises:
+        FormatError: the state does not fit the model.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        training: Sequence[Sample],
+        held_out: Sequence[Sample],
+        *,
+        pad_id: int,
+        options: TrainOptions,
+        plan: Plan,
+        settings: dict[str, Any],
+        state: TrainingState | None,
+        callbacks: Callbacks,
+    ) -> None:
+        self._model = model
+        self._held_out = held_out
+        self._pad_id = pad_id
+        self._options, self._plan = options, plan
+        self._settings = settings
+        self._callbacks = callbacks
+        self._parameters = lora_parameters(model)
+        # One pass over all tensors: a loop in Python over hundreds of small ones would take as long as a layer.
+        self._optimizer = torch.optim.AdamW(
+            self._parameters, lr=options.lr, weight_decay=options.weight_decay, fused=True
+        )
+        per_step = options.batch_size * options.grad_accum
+        epochs = None if options.steps is not None else options.epochs or 1
+        self._stream = SampleStream(training, options.seed, per_step, epochs)
+        self._step = 0
+        self._evaluated = -1
+        self._saved = -1
+        if state is not None:
+            restore(model, self._optimizer, state.tensors, options.output / STATE_FILE)
+            self._step, self._evaluated, self._saved = state.step, state.evaluated, state.step
+        self._interruption = Interruption()
+
+    def run(self, log: Log) -> None:
+        """Train to the end.
+
+        Raises:
+            KeyboardInterrupt: Ctrl-C; the state after the last whole step is saved, and the message says how to go on.
+            DivergedError: a loss or gradient is not finite; what was saved before stays.
+        """
+        # Dropout draws from the global generator: the caller gets it back as it was.
+        with torch.random.fork_rng(devices=[]), self._interruption:
+            try:
+                while True:
+                    self._evaluate_if_due(log)
+                    self._save_if_due(log)
+                    if self._step == self._plan.steps:
+                        return
+                    self._advance(log)
+            except KeyboardInterrupt:
+                with self._interruption.held(last=True):
+                    self._save(log)
+                raise KeyboardInterrupt(
+                    f"interrupted after step {self._step} of {self._plan.steps}, which is saved in "
+                    f"{self._options.output}: the same command with --resume goes on from there"
+                ) from None
+
+    def _advance(self, log: Log) -> None:
+        started = time.monotonic()
+        options, step = self._options, self._step + 1
+        rate = learning_rate(step, self._plan.steps, self._plan.warmup, options.lr)
+        torch.manual_seed(derived_seed(options.seed, "dropout", step))
+        samples = self._stream.step(step)
+        counted = sum(sample.counted_tokens for sample in samples)
+        loss = 0.0
+        self._model.train()
+        self._optimizer.zero_grad(set_to_none=True)
+        for batch in batches(samples, options.batch_size, self._pad_id):
+            part = loss_sum(self._model, batch) / counted
+            loss += part.item()
+            if not math.isfinite(loss):
+                self._diverge(f"the loss is {loss}", step, log)
+            part.backward()
+        norm = torch.nn.utils.clip_grad_norm_(self._parameters, options.max_grad_norm or math.inf).item()
+        if not math.isfinite(norm):
+            self._diverge(f"the gradient's norm is {norm}", step, log)
+        for group in self._optimizer.param_groups:
+            group["lr"] = rate
+        with self._interruption.held():
+            self._optimizer.step()
+            self._step = step
+            tokens = sum(sample.length for sample in samples)
+            entry = StepEntry(step, loss, rate, norm, tokens, counted, time.monotonic() - started)
+            log.append(entry)
+            if self._callbacks.on_step is not None:
+                self._callbacks.on_step(entry, self._plan.steps)
+
+    def _evaluate_if_due(self, log: Log) -> None:
+        every = self._options.eval_every
+        due = self._step in (0, self._plan.steps) or (every is not None and self._step % every == 0)
+        if not self._held_out or not due or self._evaluated == self._step:
+            return
+        started = time.monotonic()
+        self._model.eval()
+        total, counted = 0.0, 0
+        with torch.no_grad():
+            for batch in batches(self._held_out, self._options.batch_size, self._pad_id):
+                total += loss_sum(self._model, batch).item()
+        counted = sum(sample.counted_tokens for sample in self._held_out)
+        entry = EvalEntry(self._step, total / counted, counted, time.monotonic() - started)
+        with self._interruption.held():
+            log.append(entry)
+            self._evaluated = self._step
+            self._callbacks.message(
+                f"held-out loss after step {entry.step}: {entry.eval_loss:.4f} ({counted:,} tokens)"
+            )
+
+    def _save_if_due(self, log: Log) -> None:
+        every = self._options.save_every
+        due = self._step == self._plan.steps or (every > 0 and self._step > 0 and self._step % every == 0)
+        if due and self._saved != self._step:
+            with self._interruption.held():
+                self._save(log)
+                self._draw()
+
+    def _save(self, log: Log) -> None:
+        output = self._options.output
+        save_adapter(self._model, output, base_model_name_or_path=str(self._options.model))
+        tensors = capture(self._model, self._optimizer)
+        state = TrainingState(self._step, self._settings, log.sync(), self._evaluated, tensors)
+        save_state(output / STATE_FILE, state)
+        self._saved = self._step
+
+    def _draw(self) -> None:
+        output = self._options.output
+        draw_curve(read_log(output / LOG_FILE), output / CURVE_FILE, f"{self._options.model.name}: training loss")
+
+    def _diverge(self, what: str, step: int, log: Log) -> None:
+        """Stop; the adapter as it was before this step is saved if none was, as its last loss was finite."""
+        if self._saved < 0 and self._step > 0:
+            with self._interruption.held():
+                self._save(log)
+        kept = (
+            f"the adapter after step {self._saved} is kept in {self._options.output}"
+            if self._saved > 0
+            else "no adapter was saved before it"
+        )
+        raise DivergedError(
+            f"step {step} of {self._plan.steps}: {what}; {kept}. Lower --lr, raise --warmup, or look at the samples of "
+            "this step"
+        )

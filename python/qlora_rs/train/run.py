@@ -1,0 +1,205 @@
+"""`train`: from a model folder and a JSONL file to an adapter folder."""
+
+from __future__ import annotations
+
+import errno
+import resource
+from pathlib import Path
+from typing import Any
+
+from qlora_rs.checkpoint.source import find_quantization_config, read_config, require_folder
+from qlora_rs.errors import FormatError, UnsupportedError, require_extra
+from qlora_rs.lora import AttachReport, attach_lora
+from qlora_rs.train.curve import require_matplotlib
+from qlora_rs.train.dataset import Dataset, make_dataset
+from qlora_rs.train.encoding import Encoder, load_tokenizer
+from qlora_rs.train.folder import FILES, check_output, claimed
+from qlora_rs.train.log import LOG_FILE, Log, read_log
+from qlora_rs.train.loop import Callbacks, MessageCallback, StepCallback, Trainer
+from qlora_rs.train.options import Plan, TrainOptions, option, plan_max_length, plan_steps
+from qlora_rs.train.records import RecordFile, read_records
+from qlora_rs.train.report import TrainReport, loss_at_both_ends
+from qlora_rs.train.state import STATE_FILE, TrainingState, check_same_run, model_digest, read_state
+
+
+def train(
+    options: TrainOptions,
+    *,
+    on_step: StepCallback | None = None,
+    on_message: MessageCallback | None = None,
+) -> TrainReport:
+    """Train LoRA adapters on a model folder's Linear layers, and write them to ``options.output``.
+
+    Everything that can be checked without the model (options, output, data, state to resume) is, before it is loaded.
+
+    Args:
+        options: what to do.
+        on_step: called after every step with its `StepEntry` and the number of steps in all.
+        on_message: called with lines for people: what became of the data, held-out losses.
+
+    Raises:
+        OSError: a file or folder is missing, in the way, or cannot be written.
+        FormatError: the data, the model or the state is damaged; file and line are named.
+        UnsupportedError: a wish that cannot be met, a run that differs from the one to resume, nothing left to do.
+        ValueError: options do not fit each other, the data or the model.
+        DivergedError: the loss is no longer finite.
+        KeyboardInterrupt: Ctrl-C; the message says how to go on.
+
+    >>> report = train(TrainOptions(model=Path("m"), data=Path("d"), output=Path("o")))  # doctest: +SKIP
+    """
+    callbacks = Callbacks(on_step, on_message)
+    require_extra("transformers", "train", "training")
+    require_matplotlib()
+    require_folder(options.model)
+    config = read_config(options.model)
+    check_output(options)
+    state = read_state(options.output / STATE_FILE) if options.resume else None
+    file = _read_data(options.data)
+    tokenizer = load_tokenizer(options.model)
+    dataset, plan = _prepare(options, config, file, tokenizer)
+    settings = _settings(options, plan, file, dataset)
+    if state is not None:
+        _check_resumable(state, settings, options)
+    for line in str(dataset.report).splitlines():
+        callbacks.message(line)
+    if find_quantization_config(config) is None:
+        callbacks.message(
+            f"{options.model} is not packed: quantized on the way in (NF4, double quantization); "
+            "`qlora-rs quantize` does that once and for all"
+        )
+    model, attached = _load(options, dataset)
+    callbacks.message(str(attached))
+    pad_id = next((each for each in (tokenizer.pad_token_id, tokenizer.eos_token_id) if each is not None), 0)
+    trainer = Trainer(
+        model,
+        dataset.training,
+        dataset.held_out,
+        pad_id=pad_id,
+        options=options,
+        plan=plan,
+        settings=settings,
+        state=state,
+        callbacks=callbacks,
+    )
+    if state is not None:
+        callbacks.message(f"going on after step {state.step} of {plan.steps}")
+    kept = 0 if state is None else state.log_bytes
+    with claimed(options.output, resume=options.resume), Log(options.output / LOG_FILE, kept) as log:
+        trainer.run(log)
+    return _report(options, plan, dataset, attached, settings, 0 if state is None else state.step)
+
+
+def _read_data(path: Path) -> RecordFile:
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, "is a folder; --data takes one JSONL file", str(path))
+    if not path.exists():
+        raise FileNotFoundError(errno.ENOENT, "no such file; --data takes a JSONL file", str(path))
+    return read_records(path)
+
+
+def _prepare(options: TrainOptions, config: dict[str, Any], file: RecordFile, tokenizer: Any) -> tuple[Dataset, Plan]:
+    limit = config.get("max_position_embeddings")
+    max_length = plan_max_length(options, limit if isinstance(limit, int) and limit > 1 else None)
+    if options.steps is not None:
+        plan_steps(options, 0)  # a warm-up that is too long is told before the data is encoded
+    encoder = Encoder(tokenizer, max_length, model=options.model, data=options.data)
+    needed = None if options.steps is None else options.steps * options.batch_size * options.grad_accum
+    dataset = make_dataset(
+        file,
+        encoder,
+        fraction=options.eval_fraction,
+        seed=options.seed,
+        max_length=max_length,
+        needed=needed,
+    )
+    steps, warmup = plan_steps(options, len(dataset.training))
+    return dataset, Plan(steps, warmup, max_length)
+
+
+def _settings(options: TrainOptions, plan: Plan, file: RecordFile, dataset: Dataset) -> dict[str, Any]:
+    """Everything that the numbers of a run depend on; under a sentence's subject where no option sets it."""
+    names = (
+        "r lora_alpha lora_dropout target_modules use_rslora lr batch_size grad_accum max_grad_norm weight_decay seed "
+        "eval_fraction dtype"
+    )
+    settings: dict[str, Any] = {option(name): getattr(options, name) for name in names.split()}
+    settings |= {option(name): getattr(plan, name) for name in ("steps", "warmup", "max_length")}
+    settings["the file of --data"] = file.sha256
+    settings["the model of --model"] = model_digest(options.model)
+    settings["what the tokenizer and its chat template make of the data"] = dataset.digest
+    return settings
+
+
+def _check_resumable(state: TrainingState, settings: dict[str, Any], options: TrainOptions) -> None:
+    path = options.output / STATE_FILE
+    check_same_run(state.settings, settings, path)
+    steps = settings["--steps"]
+    if state.step >= steps:
+        raise UnsupportedError(
+            f"{path}: nothing left to do: {state.step} of {steps} steps are done; a longer run starts anew, with "
+            "--overwrite or another --output, as its learning rates are others"
+        )
+
+
+def _load(options: TrainOptions, dataset: Dataset) -> tuple[Any, AttachReport]:
+    from qlora_rs.model import from_pretrained
+
+    model = from_pretrained(options.model, dtype=options.dtype)
+    embedding = model.get_input_embeddings()
+    highest = max(int(sample.ids.max()) for sample in (*dataset.training, *dataset.held_out))
+    if highest >= embedding.num_embeddings:
+        raise FormatError(
+            f"{options.model}: its tokenizer gives token {highest}, but the model has {embedding.num_embeddings} "
+            "embeddings: the tokenizer is of another model"
+        )
+    model.config.use_cache = False
+    attached = attach_lora(
+        model,
+        r=options.r,
+        lora_alpha=options.lora_alpha,
+        lora_dropout=options.lora_dropout,
+        target_modules=options.target_modules,
+        use_rslora=options.use_rslora,
+        seed=options.seed,
+    )
+    if options.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return model, attached
+
+
+def _report(
+    options: TrainOptions,
+    plan: Plan,
+    dataset: Dataset,
+    attached: AttachReport,
+    settings: dict[str, Any],
+    resumed_at: int,
+) -> TrainReport:
+    entries = read_log(options.output / LOG_FILE)
+    steps = [entry for entry in entries if "loss" in entry]
+    held_out = [entry["eval_loss"] for entry in entries if "eval_loss" in entry]
+    first, last = loss_at_both_ends(entries)
+    seen = plan.steps * options.batch_size * options.grad_accum
+    if options.steps is None:
+        seen = min(seen, (options.epochs or 1) * len(dataset.training))
+    return TrainReport(
+        model=str(options.model),
+        output=str(options.output),
+        files=tuple(name for name in FILES if (options.output / name).exists()),
+        data=dataset.report,
+        layers=len(attached.attached),
+        trainable_parameters=attached.trainable_parameters,
+        total_parameters=attached.total_parameters,
+        steps=plan.steps,
+        resumed_at=resumed_at,
+        epochs=None if dataset.report.unread else seen / len(dataset.training),
+        tokens=sum(entry["tokens"] for entry in steps),
+        counted_tokens=sum(entry["counted_tokens"] for entry in steps),
+        seconds=sum(entry["seconds"] for entry in steps),
+        peak_memory_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        first_loss=first,
+        last_loss=last,
+        eval_loss_before=held_out[0] if held_out else None,
+        eval_loss_after=held_out[-1] if held_out else None,
+        settings=settings,
+    )

@@ -1,0 +1,86 @@
+"""``qlora-rs inspect``: a table that stays readable, and JSON."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from qlora_rs import checkpoint, cli
+
+
+@pytest.fixture
+def packed(tmp_path: Path) -> Path:
+    """30 layers of one odd weight, and one that stays."""
+    source = tmp_path / "source"
+    source.mkdir()
+    (source / "config.json").write_text('{"model_type": "unknown"}')
+    tensors = {f"layers.{layer}.up_proj.weight": torch.ones(5, 67) for layer in range(30)}
+    save_file({**tensors, "norm.weight": torch.ones(7)}, source / "model.safetensors")
+    checkpoint.quantize(source, tmp_path / "packed", include=["up_proj"])
+    return tmp_path / "packed"
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[object, str, str]]:
+    """Run the command line in this process: (exit code, stdout, stderr)."""
+    monkeypatch.setenv("COLUMNS", "200")
+
+    def run(*arguments: object) -> tuple[object, str, str]:
+        monkeypatch.setattr(sys, "argv", ["qlora-rs", *map(str, arguments)])
+        code: object = 0
+        try:
+            code = cli.main()
+        except SystemExit as end:
+            code = end.code
+        captured = capsys.readouterr()
+        return code or 0, captured.out, captured.err
+
+    return run
+
+
+def test_repeated_layers_are_folded_into_one_row(run, packed):
+    code, out, _ = run("inspect", packed)
+    assert code == 0
+    row = next(line for line in out.splitlines() if "layers.0-29.up_proj.weight" in line)
+    for cell in ("packed", "nf4", "5 x 67", "30"):
+        assert cell in row
+    assert "nf4, block_size=64, double_quant=True" in out
+    assert "model.safetensors sha256" in out
+
+
+def test_all_shows_every_tensor(run, packed):
+    _, out, _ = run("inspect", packed, "--all")
+    assert "layers.17.up_proj.weight" in out
+
+
+def test_json_is_one_document(run, packed):
+    code, out, _ = run("inspect", packed, "--json")
+    document = json.loads(out)
+    assert (code, document["format"], len(document["tensors"])) == (0, "qlora_rs", 31)
+
+
+def test_a_float_folder_and_a_single_file_work_too(run, packed):
+    code, out, _ = run("inspect", packed.parent / "source")
+    assert code == 0
+    assert "32.000 bits per weight" in " ".join(out.split())
+    assert run("inspect", packed / "model.safetensors")[0] == 0
+
+
+def test_what_is_no_checkpoint_is_exit_code_2(run, tmp_path):
+    (tmp_path / "x.safetensors").write_bytes(b"PK\x03\x04 not")
+    for path, message in ((tmp_path / "absent", "absent"), (tmp_path / "x.safetensors", "zip archive")):
+        code, out, err = run("inspect", path)
+        assert (code, out) == (2, "")
+        assert message in " ".join(err.split())
+
+
+def test_help_teaches_with_an_example(run):
+    code, out, _ = run("inspect", "--help")
+    assert code == 0
+    assert "qlora-rs inspect Llama-3.2-1B-nf4" in out

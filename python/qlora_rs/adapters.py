@@ -13,7 +13,7 @@ from typing import Any, TypeGuard
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from qlora_rs.checkpoint.folder import naming, sync_folder
@@ -35,8 +35,9 @@ _INERT_FIELDS = frozenset((
 ))
 # fmt: on
 _READ_FIELDS = frozenset(("bias", "init_lora_weights", "lora_alpha", "lora_dropout", "peft_type", "r", "use_rslora"))
-# Initialisations that also changed the base weights: the stored A and B belong to that changed base.
-_BASE_CHANGING = ("pissa", "olora", "corda", "loftq", "lora_ga")
+# Ways to start that leave the base as it is. Others (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA) change it too: the stored A
+# and B belong to that changed base.
+_BASE_KEEPING = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
 
 
 def save_adapter(model: nn.Module, path: str | os.PathLike[str], *, base_model_name_or_path: str | None = None) -> None:
@@ -86,8 +87,11 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str], *, base_model_n
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
     with _replacing(folder / WEIGHTS_FILE, folder / CONFIG_FILE) as (weights, settings_file):
-        save_file(tensors, weights, metadata={"format": "pt"})
-        settings_file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        with naming(weights):
+            # Not by save_file, whose files only their owner may read.
+            weights.write_bytes(save(tensors, metadata={"format": "pt"}))
+        with naming(settings_file):
+            settings_file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def read_adapter(
@@ -255,10 +259,10 @@ def _check_features(config: Mapping[str, Any], file: Path) -> None:
     if config["bias"] != "none":
         raise UnsupportedError(f"{file}: bias is {config['bias']!r}; adapters with trained biases cannot be read")
     start = config.get("init_lora_weights")
-    if isinstance(start, str) and start.lower().startswith(_BASE_CHANGING):
+    if start not in _BASE_KEEPING:
         raise UnsupportedError(
-            f"{file}: init_lora_weights is {start!r}, which also changed the base; convert the adapter to plain LoRA "
-            "in PEFT (path_initial_model_for_weight_conversion) first"
+            f"{file}: init_lora_weights is {start!r}, which may have changed the base too; convert the adapter to "
+            "plain LoRA in PEFT (path_initial_model_for_weight_conversion) first"
         )
     used = [
         f"{key}={value!r}"

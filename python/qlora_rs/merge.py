@@ -13,7 +13,7 @@ from torch import Tensor
 
 from qlora_rs.adapter_merge import MergedLayer, MergeReport, cast, check_dtype, merge_weight, relative_error
 from qlora_rs.adapters import adapter_delta, read_adapter
-from qlora_rs.checkpoint import CheckpointInfo, inspect
+from qlora_rs.checkpoint import CheckpointInfo, TensorRow, inspect
 from qlora_rs.checkpoint.choice import FLOAT_DTYPES
 from qlora_rs.checkpoint.companions import companion_files
 from qlora_rs.checkpoint.folder import copy_file, partial_folder, require_space, resolve_destination, write_json
@@ -126,7 +126,7 @@ def merge(
     for other in (adapter_path, *(() if base_path is None else (base_path,))):
         resolve_destination(other, asked, overwrite)
     carried, left_out = companion_files(source)
-    planned = [_planned(row.name, row.dtype, row.shape, row.bytes, row.kind == "packed", dtype) for row in info.tensors]
+    planned = [_planned(row, dtype) for row in info.tensors]
     shards = plan_shards(planned, max_shard_size)
     bytes_after = sum(tensor.nbytes for tensor in planned)
     require_space(target, bytes_after + sum((model_path / name).stat().st_size for name in carried))
@@ -280,13 +280,10 @@ def _is_tied(layer: str, stored: str | None, config: Mapping[str, Any]) -> bool:
     return stored is None or asked is True
 
 
-def _planned(
-    name: str, stored: str, shape: tuple[int, ...], nbytes: int, packed: bool, dtype: torch.dtype
-) -> PlannedTensor:
-    if packed or stored in FLOAT_DTYPES:
-        elements = torch.Size(shape).numel()
-        return PlannedTensor(name, STORED_DTYPES[dtype], shape, elements * dtype.itemsize)
-    return PlannedTensor(name, stored, shape, nbytes)
+def _planned(row: TensorRow, dtype: torch.dtype) -> PlannedTensor:
+    if row.kind == "packed" or row.dtype in FLOAT_DTYPES:
+        return PlannedTensor(row.name, STORED_DTYPES[dtype], row.shape, row.elements * dtype.itemsize)
+    return PlannedTensor(row.name, row.dtype, row.shape, row.bytes)
 
 
 def _plain_config(config: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:

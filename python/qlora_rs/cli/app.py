@@ -41,7 +41,7 @@ for _name, _function in (
 
 def _print_version(wanted: bool) -> None:
     if wanted:
-        from qlora_rs import __version__
+        from qlora_rs._core import __version__
 
         print(f"qlora-rs {__version__}")
         raise typer.Exit

@@ -15,23 +15,22 @@ import typer
 from qlora_rs.cli import output
 from qlora_rs.cli.guard import SYSTEM
 
-REQUIRED = ("torch", "numpy", "safetensors")
-# Optional packages, and how to get each.
+REQUIRED = ("torch", "numpy", "safetensors", "typer", "rich")
+# Optional packages, and what each is for here.
 OPTIONAL = {
-    "transformers": "pip install 'qlora-rs[transformers]'",
-    "peft": "pip install 'qlora-rs[peft]'",
-    "matplotlib": "pip install 'qlora-rs[train]'",
-    "accelerate": "pip install accelerate",
-    "bitsandbytes": "pip install bitsandbytes",
+    "transformers": "loading models and training need it: pip install 'qlora-rs[transformers]'",
+    "matplotlib": "the picture of the loss needs it: pip install 'qlora-rs[train]'",
+    "peft": "not needed: its adapter files are read and written without it",
 }
 
 
 def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as one JSON document.")] = False,
 ) -> None:
-    """Show versions, machine and driver, and check the kernels against the reference bit for bit.
+    """Show versions and machine, and check the kernels.
 
-    Put its output into a report of a fault. Exit code 3 where the self-check fails.
+    The self-check compares the kernels with the reference bit for bit; exit code 3 where they differ. Put the output
+    into a report of a fault.
 
     Example:
 
@@ -51,11 +50,11 @@ def examine() -> dict[str, Any]:
     """Everything that `doctor` shows, as plain JSON values."""
     import torch
 
-    from qlora_rs import __version__, _core
+    from qlora_rs import _core
 
     checks = self_check()
     return {
-        "qlora_rs": __version__,
+        "qlora_rs": _core.__version__,
         "python": f"{platform.python_implementation()} {platform.python_version()} ({sys.executable})",
         "packages": {name: _version_of(name) for name in (*REQUIRED, *OPTIONAL)},
         "platform": platform.platform(),
@@ -95,7 +94,8 @@ def self_check() -> dict[str, str]:
 def _differences(weight: Any, spec: Any) -> list[str]:
     import torch
 
-    from qlora_rs import dequantize, quantize, reference
+    from qlora_rs import reference
+    from qlora_rs.quantization import dequantize, quantize
 
     packed = quantize(weight, spec)
     codes, absmax = reference.quantize_blocks(weight, spec.block_size, spec.quant_type)
@@ -140,7 +140,7 @@ def _print_findings(findings: dict[str, Any]) -> None:
     say("qlora-rs", findings["qlora_rs"])
     say("Python", findings["python"])
     for name, found in findings["packages"].items():
-        say(name, found or f"not installed: {OPTIONAL.get(name, f'pip install {name}')}")
+        say(name, found or f"not installed ({OPTIONAL.get(name, f'pip install {name}')})")
     say("platform", findings["platform"])
     available = findings["memory_available_bytes"]
     free = "" if available is None else f", {format_bytes(available)} available"

@@ -34,10 +34,11 @@ def evaluate(
     ] = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as one JSON document.")] = False,
 ) -> None:
-    """Measure the perplexity of a model on a text: how well it predicts each next token.
+    """Measure the perplexity of a model on a text.
 
-    The text is cut into consecutive windows; in each, every token but the first is scored, given those before
-    it in the window. Lower is better. To see what quantizing cost, run it on the 16-bit folder and on the packed one.
+    It says how well the model predicts each next token; lower is better. The text is cut into consecutive windows; in
+    each, every token but the first is scored, given those before it in the window. To see what quantizing cost, run it
+    on the 16-bit folder and on the packed one.
 
     Example:
 

@@ -40,7 +40,9 @@ def generate(
     ] = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print text and counts as one JSON document.")] = False,
 ) -> None:
-    """Answer a prompt, through the model's chat template. The answer alone goes to stdout.
+    """Answer a prompt through the model's chat template.
+
+    The answer alone goes to stdout.
 
     Example:
 

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import ParamSpec, TypeVar
 
+import torch
 import typer
 
 from qlora_rs.cli import output
@@ -17,8 +18,15 @@ from qlora_rs.errors import DeviceError, QloraError
 
 BAD_INPUT, SYSTEM, OUR_FAULT, INTERRUPTED = 2, 3, 70, 130
 PACKAGE = Path(__file__).resolve().parent.parent
-# Of the system's errors, those that another argument would have avoided.
-BAD_PATHS = (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError)
+# What another argument would have avoided: our own errors, and those of the system that speak of paths.
+AVOIDABLE = (
+    QloraError,
+    FileNotFoundError,
+    FileExistsError,
+    NotADirectoryError,
+    IsADirectoryError,
+    PermissionError,
+)
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -58,7 +66,7 @@ def exit_code(error: Exception) -> int:
     """2 for what another input would have avoided, 3 for the system's failures, 70 for the rest."""
     if isinstance(error, DeviceError | MemoryError) or _is_out_of_memory(error):
         return SYSTEM
-    if isinstance(error, QloraError | BAD_PATHS):
+    if isinstance(error, AVOIDABLE):
         return BAD_INPUT
     if isinstance(error, OSError):
         return SYSTEM
@@ -77,10 +85,20 @@ def describe(error: Exception) -> str:
 
 
 def _is_out_of_memory(error: Exception) -> bool:
-    return isinstance(error, RuntimeError) and "allocate memory" in str(error)
+    """Torch says it with a RuntimeError on the CPU, and with a class of its own on devices."""
+    return isinstance(error, torch.OutOfMemoryError) or (
+        isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    )
 
 
 def _raised_by_us(error: Exception) -> bool:
-    """Whether a check of this package raised it: elsewhere a ValueError is a bug that must not look like bad input."""
+    """Whether a check of this package raised it, in Python or in the extension.
+
+    Any other ValueError, of another library or of Python itself within our code, is a bug that must not look like bad
+    input.
+    """
     frames = traceback.extract_tb(error.__traceback__)
-    return bool(frames) and PACKAGE in Path(frames[-1].filename).resolve().parents
+    if not frames or PACKAGE not in Path(frames[-1].filename).resolve().parents:
+        return False
+    line = frames[-1].line or ""
+    return line.startswith("raise ") or "_core." in line

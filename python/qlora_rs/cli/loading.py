@@ -39,21 +39,23 @@ def load_model(path: Path, adapter: Path | None = None, dtype: str = "auto") -> 
             tokenizer.
         ValueError: ``dtype`` is no float type.
     """
-    from qlora_rs import from_pretrained, load_adapter
+    from qlora_rs.adapters import load_adapter, read_adapter
     from qlora_rs.checkpoint import read_quantization_config
     from qlora_rs.errors import UnsupportedError
+    from qlora_rs.model import from_pretrained
     from qlora_rs.spec import QuantSpec
 
     quantization = read_quantization_config(path)
+    if adapter is not None:
+        read_adapter(adapter)  # what is wrong with it should be said before a large model is loaded, not after
     transformers = quiet_transformers("running a model")
     with warnings_as_messages():
         tokenizer = _load_tokenizer(transformers, path)
         if quantization is None:
             model, held = _load_float_model(transformers, path, dtype), "not packed: used as it is, without quantizing"
         else:
-            model, held = from_pretrained(path, dtype=dtype), "packed"
-        if quantization is not None:
-            held = f"packed ({QuantSpec.from_config(quantization).describe()})"
+            model = from_pretrained(path, dtype=dtype)
+            held = f"packed as {QuantSpec.from_config(quantization).describe()}"
         if getattr(model, "get_output_embeddings", lambda: None)() is None or not hasattr(model, "generate"):
             raise UnsupportedError(f"{path}: {type(model).__name__} is no causal language model")
         if adapter is not None:

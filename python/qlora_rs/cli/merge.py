@@ -28,10 +28,10 @@ def merge(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace DST once the new is whole.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as one JSON document.")] = False,
 ) -> None:
-    """Merge an adapter into a packed model: a plain model folder that loads without qlora-rs.
+    """Merge an adapter into a plain 16-bit model folder.
 
-    Each weight becomes base + (alpha / r) B A, summed in float32 and rounded once; the report says how much the
-    rounding cost. Tensors pass through one at a time: memory does not grow with the model.
+    The result loads without qlora-rs. Each weight becomes base + (alpha / r) B A, summed in float32 and rounded once;
+    the report says how much the rounding cost. Tensors pass through one at a time: memory does not grow with the model.
 
     Example:
 

@@ -3,29 +3,46 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
 
-stdout = Console()
-stderr = Console(stderr=True)
+
+class _PipedConsole(Console):
+    """A console whose closed pipe is an error like any other; rich would exit with 1, which says "they differ"."""
+
+    def on_broken_pipe(self) -> None:
+        raise
+
+
+stdout = _PipedConsole()
+stderr = _PipedConsole(stderr=True)
 
 
 def print_json(value: Any) -> None:
-    """Print exactly one JSON document."""
-    print(json.dumps(value, indent=2, ensure_ascii=False), flush=True)
+    """Print exactly one JSON document; numbers that JSON does not have (infinite, NaN) become null."""
+    print(json.dumps(_finite(value), indent=2, ensure_ascii=False), flush=True)
 
 
 def print_result(text: str) -> None:
-    """Print a result as it is: no markup, no wrapping."""
-    stdout.print(text, markup=False, highlight=False, soft_wrap=True)
+    """Print a result as it is; rich would wrap it, and turn tabs into spaces and ``:smile:`` into a picture."""
+    print(text, flush=True)
 
 
 def message(text: str) -> None:
-    """Print a message as it is."""
-    stderr.print(text, markup=False, highlight=False, soft_wrap=True)
+    """Print a message as it is, above a progress bar where there is one."""
+    stderr.print(text, markup=False, emoji=False, highlight=False, soft_wrap=True)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 @contextmanager

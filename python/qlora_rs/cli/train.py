@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from qlora_rs.cli import output
+from qlora_rs.cli.loading import quiet_transformers
 from qlora_rs.cli.training_progress import training_progress
 
 
@@ -135,6 +136,7 @@ def train(
         resume=resume,
         overwrite=overwrite,
     )
+    quiet_transformers("training")
     with training_progress() as on_step:
         report = run(options, on_step=on_step, on_message=output.message)
     if as_json:

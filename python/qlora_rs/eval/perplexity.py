@@ -69,8 +69,8 @@ def perplexity(
     >>> class Uniform(nn.Module):
     ...     def forward(self, input_ids, use_cache):
     ...         return SimpleNamespace(logits=torch.zeros(*input_ids.shape, 8))
-    >>> perplexity(Uniform(), [1, 2, 3, 4, 5], window=4).ppl
-    8.0
+    >>> print(f"{perplexity(Uniform(), [1, 2, 3, 4, 5], window=4).ppl:.3f}")
+    8.000
     """
     ids = _checked(model, torch.as_tensor(tokens), window)
     device = device_of(model)
@@ -93,10 +93,10 @@ def perplexity(
 def _checked(model: nn.Module, ids: Tensor, window: int) -> Tensor:
     if ids.ndim != 1:
         raise ValueError(f"tokens is a 1-D sequence of ids; got shape {list(ids.shape)}")
-    if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
-        if len(ids):  # an empty list becomes a float tensor
-            raise TypeError(f"tokens are integers; got {ids.dtype}")
-        ids = ids.long()
+    whole = not (ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool)
+    if len(ids) and not whole:  # an empty list becomes a float tensor
+        raise TypeError(f"tokens are integers; got {ids.dtype}")
+    ids = ids.long()  # a narrow type could not be compared with the size of the vocabulary
     if len(ids) < 2:
         raise ValueError(f"at least 2 tokens are needed, as the first has nothing before it; got {len(ids)}")
     if isinstance(window, bool) or not isinstance(window, int) or window < 2:
@@ -117,7 +117,7 @@ def _checked(model: nn.Module, ids: Tensor, window: int) -> Tensor:
 def _sum_of_losses(model: nn.Module, ids: Tensor) -> float:
     output: Any = model(input_ids=ids[None], use_cache=False)
     logits: Tensor = output.logits[0, :-1]
-    targets = ids[1:].long()
+    targets = ids[1:]
     total = torch.zeros((), dtype=torch.float64)
     # In pieces: a float32 copy of all logits would be larger than the model where the vocabulary is large.
     for part, wanted in zip(logits.split(CHUNK), targets.split(CHUNK), strict=True):

@@ -9,6 +9,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from qlora_rs.checkpoint.folder import naming
 from qlora_rs.errors import FormatError
 
 LOG_FILE = "log.jsonl"
@@ -72,6 +73,7 @@ class Log:
                 f"{path}: has {have} bytes, but the saved state knows of {keep}: it was changed since; put it back, or "
                 "start anew with --overwrite"
             )
+        self._path = path
         self._file = open(path, "ab")  # noqa: SIM115 - closed by __exit__
         try:
             self._file.truncate(keep)
@@ -88,17 +90,19 @@ class Log:
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Close the file."""
-        self._file.close()
+        with naming(self._path):
+            self._file.close()
 
     def append(self, entry: StepEntry | EvalEntry) -> None:
         """Write a line."""
-        self._file.write(json.dumps(asdict(entry)).encode() + b"\n")
-        self._file.flush()
+        with naming(self._path):
+            self._file.write(json.dumps(asdict(entry), allow_nan=False).encode() + b"\n")
+            self._file.flush()
 
     def sync(self) -> int:
         """Make what is written durable; returns the bytes so far."""
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        with naming(self._path):
+            os.fsync(self._file.fileno())
         return self._file.tell()
 
 

@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from qlora_rs.adapters import save_adapter
+from qlora_rs.adapters import WEIGHTS_FILE, save_adapter
+from qlora_rs.checkpoint.folder import naming
 from qlora_rs.errors import QloraError
 from qlora_rs.lora import lora_parameters
 from qlora_rs.train.batches import SampleStream, batches, derived_seed
@@ -105,7 +106,8 @@ class Trainer:
 
         Raises:
             KeyboardInterrupt: Ctrl-C; the state after the last whole step is saved, and the message says how to go on.
-            DivergedError: a loss or gradient is not finite; what was saved before stays.
+            DivergedError: a loss, a gradient or the adapter is not finite; what was saved before stays.
+            OSError: the system failed; what was saved before stays.
         """
         # Dropout draws from the global generator: the caller gets it back as it was.
         with torch.random.fork_rng(devices=[]), self._interruption:
@@ -138,11 +140,11 @@ class Trainer:
             part = loss_sum(self._model, batch) / counted
             loss += part.item()
             if not math.isfinite(loss):
-                self._diverge(f"the loss is {loss}", step, log)
+                raise self._diverged(f"step {step}", f"the loss is {loss}")
             part.backward()
         norm = torch.nn.utils.clip_grad_norm_(self._parameters, options.max_grad_norm or math.inf).item()
         if not math.isfinite(norm):
-            self._diverge(f"the gradient's norm is {norm}", step, log)
+            raise self._diverged(f"step {step}", f"the gradient's norm is {norm}")
         for group in self._optimizer.param_groups:
             group["lr"] = rate
         with self._interruption.held():
@@ -161,10 +163,12 @@ class Trainer:
             return
         started = time.monotonic()
         self._model.eval()
-        total, counted = 0.0, 0
+        total = 0.0
         with torch.no_grad():
             for batch in batches(self._held_out, self._options.batch_size, self._pad_id):
                 total += loss_sum(self._model, batch).item()
+        if not math.isfinite(total):
+            raise self._diverged(f"after step {self._step}", f"the held-out loss is {total}")
         counted = sum(sample.counted_tokens for sample in self._held_out)
         entry = EvalEntry(self._step, total / counted, counted, time.monotonic() - started)
         with self._interruption.held():
@@ -180,31 +184,26 @@ class Trainer:
         if due and self._saved != self._step:
             with self._interruption.held():
                 self._save(log)
-                self._draw()
 
     def _save(self, log: Log) -> None:
+        if not all(bool(torch.isfinite(parameter).all()) for parameter in self._parameters):
+            raise self._diverged(f"after step {self._step}", "the adapter is no longer finite")
         output = self._options.output
-        save_adapter(self._model, output, base_model_name_or_path=str(self._options.model))
+        with naming(output / WEIGHTS_FILE):
+            save_adapter(self._model, output, base_model_name_or_path=str(self._options.model))
         tensors = capture(self._model, self._optimizer)
         state = TrainingState(self._step, self._settings, log.sync(), self._evaluated, tensors)
         save_state(output / STATE_FILE, state)
         self._saved = self._step
-
-    def _draw(self) -> None:
-        output = self._options.output
         draw_curve(read_log(output / LOG_FILE), output / CURVE_FILE, f"{self._options.model.name}: training loss")
 
-    def _diverge(self, what: str, step: int, log: Log) -> None:
-        """Stop; the adapter as it was before this step is saved if none was, as its last loss was finite."""
-        if self._saved < 0 and self._step > 0:
-            with self._interruption.held():
-                self._save(log)
-        kept = (
-            f"the adapter after step {self._saved} is kept in {self._options.output}"
-            if self._saved > 0
-            else "no adapter was saved before it"
-        )
-        raise DivergedError(
-            f"step {step} of {self._plan.steps}: {what}; {kept}. Lower --lr, raise --warmup, or look at the samples of "
-            "this step"
+    def _diverged(self, where: str, what: str) -> DivergedError:
+        """The error; nothing is saved, as the adapter of this moment is the one that brought it about."""
+        kept = f"the adapter after step {self._saved} is kept in {self._options.output}"
+        if self._saved <= 0:
+            kept = "no adapter was saved before (--save-every)"
+        elif self._saved == self._step:
+            kept += ", but is the one that gives this"
+        return DivergedError(
+            f"{where} of {self._plan.steps}: {what}; {kept}. Lower --lr, raise --warmup, or look at the samples there"
         )

@@ -106,7 +106,7 @@ class _Line:
     def parse(self, raw: bytes) -> tuple[Record, list[str]]:
         """The record and the keys that it does not use."""
         try:
-            value = json.loads(raw.decode("utf-8"))
+            value = json.loads(raw.decode("utf-8"), object_pairs_hook=_without_repetition)
         except UnicodeDecodeError as error:
             self.fail(f"byte {error.start} is not UTF-8: convert the file to UTF-8")
         except (ValueError, RecursionError) as error:
@@ -184,6 +184,15 @@ class _Line:
         except UnicodeEncodeError as error:
             self.fail(f"{place} holds half a surrogate pair at character {error.start}, which is no text: mend it")
         return text
+
+
+def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object; json alone would keep the last of two values under one key, and lose the first in silence."""
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        (key, _), *_ = Counter(key for key, _ in pairs).most_common(1)
+        raise ValueError(f"the key {key!r} is given twice")
+    return value
 
 
 def _kind(value: Any) -> str:

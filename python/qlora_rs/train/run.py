@@ -163,8 +163,16 @@ def _load(options: TrainOptions, dataset: Dataset) -> tuple[Any, AttachReport]:
         seed=options.seed,
     )
     if options.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        _checkpoint_activations(model)
     return model, attached
+
+
+def _checkpoint_activations(model: Any) -> None:
+    settings = {"use_reentrant": False}
+    if hasattr(model, "activation_checkpointing_enable"):
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs=settings)
+    else:  # its only name in older versions
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=settings)
 
 
 def _report(

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from qlora_rs.errors import FormatError, UnsupportedError
@@ -56,7 +56,8 @@ def save_state(path: Path, state: TrainingState) -> None:
     }
     metadata = {"qlora_rs_training_state": str(_FORMAT), "run": json.dumps(about)}
     with replacing(path) as partial:
-        save_file(state.tensors, partial, metadata=metadata)
+        # Not by save_file: where the disk is full it raises what does not look like the system's error.
+        partial.write_bytes(save(state.tensors, metadata=metadata))
 
 
 def read_state(path: Path) -> TrainingState:
@@ -119,26 +120,31 @@ def restore(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: Mapping
     """Put captured tensors back.
 
     Raises:
-        FormatError: they are of other layers or shapes.
+        FormatError: they are of other layers or shapes, or some are missing.
     """
-    expected: dict[str, nn.Parameter] = {}
+    parameters: dict[str, Tensor] = {}
     for name, layer in lora_modules(model).items():
-        expected |= {f"lora.{name}.A": layer.lora_A, f"lora.{name}.B": layer.lora_B}
-    found = {name for name in tensors if name.startswith("lora.")}
-    wrong = found ^ set(expected)
-    wrong |= {name for name in found - wrong if tensors[name].shape != expected[name].shape}
+        parameters |= {f"lora.{name}.A": layer.lora_A, f"lora.{name}.B": layer.lora_B}
+    expected = {name: parameter.shape for name, parameter in parameters.items()}
+    if any(name.startswith("optimizer.") for name in tensors):  # there is none before the first step
+        for index, parameter in enumerate(parameters.values()):
+            expected |= {f"optimizer.{index}.{key}": parameter.shape for key in ("exp_avg", "exp_avg_sq")}
+            expected[f"optimizer.{index}.step"] = torch.Size()
+    found = {name: tensor.shape for name, tensor in tensors.items()}
+    wrong = sorted(name for name in {**expected, **found} if expected.get(name) != found.get(name))
     if wrong:
-        raise FormatError(f"{path}: its adapters are not those of this model, e.g. {sorted(wrong)[0]}")
+        raise FormatError(
+            f"{path}: is not the state of this model's adapters: {wrong[0]} should be "
+            f"{_shape(expected.get(wrong[0]))}, is {_shape(found.get(wrong[0]))}: start anew with --overwrite"
+        )
     with torch.no_grad():
-        for name, parameter in expected.items():
+        for name, parameter in parameters.items():
             parameter.copy_(tensors[name])
     state: dict[int, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
         if name.startswith("optimizer."):
-            _, index, key = name.split(".")
-            state.setdefault(int(index), {})[key] = tensor
-    if state and len(state) != len(expected):
-        raise FormatError(f"{path}: holds the optimizer's state of {len(state)} tensors, expected {len(expected)}")
+            _, number, key = name.split(".")
+            state.setdefault(int(number), {})[key] = tensor
     optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
 
 
@@ -157,6 +163,10 @@ def model_digest(folder: Path) -> str:
                 file.seek(size * part // _SAMPLED, os.SEEK_SET)
                 digest.update(file.read(_SAMPLE_BYTES))
     return digest.hexdigest()
+
+
+def _shape(shape: torch.Size | None) -> str:
+    return "absent" if shape is None else str(list(shape))
 
 
 def _difference(key: str, saved: Any, asked: Any) -> str:

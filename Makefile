@@ -19,6 +19,8 @@ DEMO_FILES := .cache/models/smollm2-135m-instruct .cache/data/chitchat
 
 # Nothing here may look for a hub: models and texts come from PyPI packages.
 export HF_HUB_OFFLINE := 1
+# Beside other work, OpenMP's waiting threads would take the time that the working ones need.
+export OMP_WAIT_POLICY ?= passive
 
 .PHONY: help setup demo test test-rust test-python test-gpu lint format generate check-generated wheel bench clean
 

@@ -5,7 +5,6 @@ Everything it makes goes into `demo-output/`. The commands that it prints can be
 
 from __future__ import annotations
 
-import json
 import os
 import shlex
 import shutil
@@ -16,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"
-
-from torch import Tensor
+# Beside other work, OpenMP's waiting threads would take the time that the working ones need.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import prepare_demo
 
@@ -45,11 +44,16 @@ def main() -> None:
     command("inspect", shown(nested))
 
     heading("2. What that costs: size, and perplexity on edited English prose")
-    tokenizer, model = measure(source, nf4, nested)
+    model = measure(source, nf4, nested)
 
     heading("3. Fine-tune it on human chats, through LoRA adapters over the frozen 4-bit base")
-    held_out = (chats / "heldout.jsonl").read_text(encoding="utf-8").splitlines()[:HELD_OUT_CHATS]
-    before = held_out_loss(model, tokenizer, held_out)
+    from qlora_rs.train import held_out_loss
+
+    def measure_chats() -> float:
+        heldout = chats / "heldout.jsonl"
+        return held_out_loss(model, nested, heldout, max_samples=HELD_OUT_CHATS, max_length=MAX_LENGTH)
+
+    before = measure_chats()
     command(
         *(
             "train",
@@ -68,8 +72,8 @@ def main() -> None:
     import qlora_rs
 
     qlora_rs.load_adapter(model, adapter)
-    after = held_out_loss(model, tokenizer, held_out)
-    say(f"loss on {len(held_out)} chats that it never saw (nats a token, the answers only):")
+    after = measure_chats()
+    say(f"loss on {HELD_OUT_CHATS} chats that it never saw (nats a token, the answers only):")
     say(f"    before {before:.3f}\n    after  {after:.3f}\n")
     command("generate", shown(nested), "--prompt", PROMPT)
     command("generate", shown(nested), "--prompt", PROMPT, "--adapter", shown(adapter))
@@ -78,8 +82,8 @@ def main() -> None:
     closing(nested, adapter, time.monotonic() - started)
 
 
-def measure(source: Path, nf4: Path, nested: Path) -> tuple[Any, Any]:
-    """Print the table; return the tokenizer and the doubly quantized model."""
+def measure(source: Path, nf4: Path, nested: Path) -> Any:
+    """Print the table; return the doubly quantized model."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -100,42 +104,7 @@ def measure(source: Path, nf4: Path, nested: Path) -> tuple[Any, Any]:
         "embedding, which stays in 16 bits; in a large model it hardly counts. Small models lose most to\n"
         "4 bits, and this one came from 4-bit weights already: its 16-bit values were made from them."
     )
-    return tokenizer, model
-
-
-def held_out_loss(model: Any, tokenizer: Any, chats: list[str]) -> float:
-    """Mean loss over the assistant's tokens of chats, each cut to `MAX_LENGTH` tokens."""
-    import torch
-
-    total, count = 0.0, 0
-    for line in chats:
-        ids, labels = labelled(tokenizer, json.loads(line)["messages"])
-        with torch.no_grad():
-            logits = model(input_ids=ids[None]).logits[0]
-        total += torch.nn.functional.cross_entropy(logits[:-1], labels[1:], reduction="sum").item()
-        count += int((labels[1:] != -100).sum())
-    return total / count
-
-
-def labelled(tokenizer: Any, messages: list[dict[str, str]]) -> tuple[Tensor, Tensor]:
-    """Tokens of a chat, and the same as labels where the assistant speaks (-100 elsewhere)."""
-    import torch
-
-    ids: list[int] = []
-    labels: list[int] = []
-    written = ""
-    for turn, message in enumerate(messages):
-        answer = message["role"] == "assistant"
-        # What the template writes up to the answer's first word is given; the rest is what has to be said.
-        for end, said in ((turn, False), (turn + 1, answer)) if answer else ((turn + 1, False),):
-            text = tokenizer.apply_chat_template(messages[:end], tokenize=False, add_generation_prompt=end == turn)
-            piece = tokenizer(text[len(written) :]).input_ids
-            written = text
-            ids += piece
-            labels += piece if said else [-100] * len(piece)
-        if len(ids) >= MAX_LENGTH:
-            break
-    return torch.tensor(ids[:MAX_LENGTH]), torch.tensor(labels[:MAX_LENGTH])
+    return model
 
 
 def closing(nested: Path, adapter: Path, seconds: float) -> None:
@@ -146,6 +115,7 @@ def closing(nested: Path, adapter: Path, seconds: float) -> None:
         note = {
             "adapter_config.json": "the adapter, in PEFT's two files",
             "adapter_model.safetensors": "",
+            "training_state.safetensors": "what `train --resume` goes on from",
         }.get(file.name, {".jsonl": "a line per step", ".png": "the loss curve"}.get(file.suffix, ""))
         say(f"{shown(file) + ('/' if file.is_dir() else ''):48}{note}")
     say(

@@ -6,8 +6,7 @@ import errno
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeGuard
 
@@ -16,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from qlora_rs.checkpoint.folder import naming, sync_folder
+from qlora_rs.checkpoint.folder import naming, replacing
 from qlora_rs.checkpoint.source import read_json
 from qlora_rs.errors import FormatError, UnsupportedError
 from qlora_rs.lora import AttachReport, LoraLinear, attach_to, lora_modules
@@ -86,7 +85,7 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str], *, base_model_n
         tensors[f"{_PREFIX}{name}.lora_B.weight"] = layer.lora_B.detach().cpu().contiguous()
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
-    with _replacing(folder / WEIGHTS_FILE, folder / CONFIG_FILE) as (weights, settings_file):
+    with replacing(folder / WEIGHTS_FILE, folder / CONFIG_FILE) as (weights, settings_file):
         with naming(weights):
             # Not by save_file, whose files only their owner may read.
             weights.write_bytes(save(tensors, metadata={"format": "pt"}))
@@ -279,20 +278,3 @@ def _split_key(key: str, file: Path) -> tuple[str, str]:
         if key.startswith(_PREFIX) and key.endswith(suffix):
             return key[len(_PREFIX) : -len(suffix)], part
     raise UnsupportedError(f"{file}: cannot use the tensor {key!r}; expected {_PREFIX}<layer>.lora_A.weight or lora_B")
-
-
-@contextmanager
-def _replacing(*targets: Path) -> Iterator[tuple[Path, ...]]:
-    """Files to write in place of the targets, which they replace together; on an error the old ones stay."""
-    partials = tuple(target.with_name(f"{target.name}.partial") for target in targets)
-    try:
-        yield partials
-        for partial in partials:
-            with naming(partial), partial.open("rb") as file:
-                os.fsync(file.fileno())
-        for partial, target in zip(partials, targets, strict=True):
-            os.replace(partial, target)
-    finally:
-        for partial in partials:
-            partial.unlink(missing_ok=True)
-    sync_folder(targets[0].parent)

@@ -26,6 +26,12 @@ class NonFiniteError(QloraError, ValueError):
     """A weight holds NaN or infinite values. The message gives their count and the first index."""
 
 
+def first_line(error: Exception) -> str:
+    """``KeyError: ...``: another library's error on one line."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0] if lines else ''}".rstrip(": ")
+
+
 def require_extra(module: str, extra: str, purpose: str) -> ModuleType:
     """Import an optional dependency.
 

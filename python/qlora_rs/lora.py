@@ -171,7 +171,8 @@ class AttachReport:
         if self.skipped:
             shown = ", ".join(f"{name} ({reason})" for name, reason in self.skipped[:3])
             more = f" and {len(self.skipped) - 3} more" if len(self.skipped) > 3 else ""
-            text += f"; {len(self.skipped)} Linear layers left as they are: {shown}{more}"
+            layers = "Linear layer" if len(self.skipped) == 1 else "Linear layers"
+            text += f"; {len(self.skipped)} {layers} left as they are: {shown}{more}"
         return text
 
 

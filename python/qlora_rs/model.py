@@ -16,8 +16,8 @@ from torch import nn
 from qlora_rs import ops
 from qlora_rs.checkpoint.choice import FLOAT_DTYPES as FLOAT_DTYPE_NAMES
 from qlora_rs.checkpoint.inspection import inspect
-from qlora_rs.checkpoint.source import read_config, require_folder
-from qlora_rs.errors import FormatError, NonFiniteError, UnsupportedError, require_extra
+from qlora_rs.checkpoint.source import open_source, read_config, require_folder
+from qlora_rs.errors import FormatError, NonFiniteError, UnsupportedError, first_line, require_extra
 from qlora_rs.linear import Linear4bit
 from qlora_rs.lora import replace_module
 from qlora_rs.packed import FLOAT_DTYPES
@@ -60,7 +60,7 @@ def from_pretrained(
     """
     folder = Path(path)
     require_folder(folder)
-    target = _resolve_dtype(dtype)
+    target = resolve_dtype(dtype)
     if torch.device(device or "cpu").type not in ops.DEVICES:
         raise UnsupportedError(f"no kernels for {device}: this version computes on {', '.join(ops.DEVICES)}")
     info = inspect(folder)
@@ -176,7 +176,17 @@ def _bytes(model: nn.Module) -> int:
     return sum(parameter.nbytes for parameter in model.parameters())
 
 
-def _resolve_dtype(dtype: torch.dtype | str) -> torch.dtype:
+def load_float(path: str | os.PathLike[str], dtype: torch.dtype | str = "auto") -> Any:
+    """Load a folder in 16 or 32 bits as it is, in evaluation mode; arguments and errors as `from_pretrained`."""
+    folder = Path(path)
+    require_folder(folder)
+    target = resolve_dtype(dtype)
+    open_source(folder)  # headers and index are checked before transformers sees them
+    return _load(require_extra("transformers", "transformers", "loading a model"), folder, target, None)
+
+
+def resolve_dtype(dtype: torch.dtype | str) -> torch.dtype:
+    """The type that ``dtype`` stands for; ``"auto"`` is the one that this machine computes fast in."""
     if dtype == "auto":
         fast = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
         return torch.bfloat16 if fast else torch.float32
@@ -210,7 +220,9 @@ def _load(transformers: Any, folder: Path, dtype: torch.dtype, quantization: Any
         failures = getattr(quantization, "failures", None)
         if failures:
             raise failures[0] from None
-        raise FormatError(f"{folder}: transformers {transformers.__version__} cannot load it: {error}") from error
+        raise FormatError(
+            f"{folder}: transformers {transformers.__version__} cannot load it: {first_line(error)}"
+        ) from error
     missing = sorted(set(info["missing_keys"]))
     mismatched = {
         name: f"{name} is {list(stored)} in the files and {list(expected)} in the model"

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from qlora_rs.checkpoint.source import CONFIG, Source, StoredTensor
-from qlora_rs.errors import FormatError, UnsupportedError, require_extra
+from qlora_rs.errors import FormatError, UnsupportedError, first_line, require_extra
 from qlora_rs.selection import matches, select_linear
 
 FLOAT_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
@@ -106,7 +106,7 @@ def _meta_model(source: Source) -> nn.Module:
     except (ValueError, KeyError, OSError, TypeError, AttributeError) as error:
         raise UnsupportedError(
             f"{path}: transformers {transformers.__version__} does not know this architecture "
-            f"(model_type {source.config.get('model_type')!r}): {_first_line(error)}"
+            f"(model_type {source.config.get('model_type')!r}): {first_line(error)}"
         ) from None
     architectures = source.config.get("architectures") or ()
     named: list[Any] = [getattr(transformers, str(name), None) for name in architectures]
@@ -121,13 +121,8 @@ def _meta_model(source: Source) -> nn.Module:
             failure = failure or error
     raise UnsupportedError(
         f"{path}: transformers {transformers.__version__} cannot build this model: "
-        f"{_first_line(failure) if failure else 'it names no class'}"
+        f"{first_line(failure) if failure else 'it names no class'}"
     )
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0] if lines else ''}".rstrip(": ")
 
 
 def _choose_by_model(

@@ -110,6 +110,28 @@ def copy_file(source: Path, destination: Path) -> None:
 
 
 @contextmanager
+def replacing(*targets: Path) -> Iterator[tuple[Path, ...]]:
+    """Yields siblings of the targets to write; they replace the targets together if the block ends well.
+
+    Raises:
+        OSError: the system failed; the error has a file's name, and what was there before stays.
+    """
+    partials = tuple(target.with_name(f"{target.name}.partial") for target in targets)
+    try:
+        with naming(targets[0]):
+            yield partials
+        for partial in partials:
+            with naming(partial), partial.open("rb") as file:
+                os.fsync(file.fileno())
+        for partial, target in zip(partials, targets, strict=True):
+            os.replace(partial, target)
+    finally:
+        for partial in partials:
+            partial.unlink(missing_ok=True)
+    sync_folder(targets[0].parent)
+
+
+@contextmanager
 def naming(path: Path) -> Iterator[None]:
     """Give a nameless system error (a full disk) the name of the file."""
     try:

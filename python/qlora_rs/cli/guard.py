@@ -78,7 +78,7 @@ def exit_code(error: Exception) -> int:
 def describe(error: Exception) -> str:
     """One line or more for the user, with the file where the system's error has one."""
     if isinstance(error, MemoryError) or _is_out_of_memory(error):
-        return f"out of memory: {error or 'the system gave no more'}"
+        return f"out of memory: {str(error) or 'the system gave no more'}"
     if isinstance(error, OSError) and error.filename is not None and error.strerror is not None:
         return f"{error.filename}: {error.strerror}"
     return str(error)

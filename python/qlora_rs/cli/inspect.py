@@ -21,9 +21,10 @@ def inspect(
     every: Annotated[bool, typer.Option("--all", help="One row per tensor, no layers folded into one.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as one JSON document.")] = False,
 ) -> None:
-    """Show what a checkpoint holds: packed and kept tensors, sizes, bits per weight, hashes of the source.
+    """Show what a checkpoint holds, tensor by tensor.
 
-    Only headers are read, so this takes no time however large the model is.
+    Packed and kept tensors, sizes, bits per weight, and the hashes of the files that it was made from. Only
+    headers are read, so this takes no time however large the model is.
 
     Example:
 

@@ -42,7 +42,7 @@ def load_model(path: Path, adapter: Path | None = None, dtype: str = "auto") -> 
     from qlora_rs.adapters import load_adapter, read_adapter
     from qlora_rs.checkpoint import read_quantization_config
     from qlora_rs.errors import UnsupportedError
-    from qlora_rs.model import from_pretrained
+    from qlora_rs.model import from_pretrained, load_float
     from qlora_rs.spec import QuantSpec
 
     quantization = read_quantization_config(path)
@@ -52,7 +52,7 @@ def load_model(path: Path, adapter: Path | None = None, dtype: str = "auto") -> 
     with warnings_as_messages():
         tokenizer = _load_tokenizer(transformers, path)
         if quantization is None:
-            model, held = _load_float_model(transformers, path, dtype), "not packed: used as it is, without quantizing"
+            model, held = load_float(path, dtype), "not packed: used as it is, without quantizing"
         else:
             model = from_pretrained(path, dtype=dtype)
             held = f"packed as {QuantSpec.from_config(quantization).describe()}"
@@ -94,44 +94,9 @@ def warnings_as_messages() -> Iterator[None]:
 
 
 def _load_tokenizer(transformers: ModuleType, path: Path) -> Any:
-    from qlora_rs.errors import UnsupportedError
+    from qlora_rs.errors import UnsupportedError, first_line
 
     try:
         return transformers.AutoTokenizer.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
     except Exception as error:  # whatever a tokenizer's own code raises for files that it cannot use
-        raise UnsupportedError(f"{path}: has no tokenizer that transformers can load: {_first_line(error)}") from None
-
-
-def _load_float_model(transformers: ModuleType, path: Path, dtype: str) -> Any:
-    from qlora_rs.checkpoint.source import open_source
-    from qlora_rs.errors import FormatError
-    from qlora_rs.model import _resolve_dtype as resolve_dtype
-
-    source = open_source(path)
-    target = resolve_dtype(dtype)
-    try:
-        model, info = transformers.AutoModelForCausalLM.from_pretrained(
-            str(source.path),
-            dtype=target,
-            local_files_only=True,
-            trust_remote_code=False,
-            use_safetensors=True,
-            output_loading_info=True,
-        )
-    except (RuntimeError, ValueError, KeyError, OSError) as error:
-        raise FormatError(
-            f"{path}: transformers {transformers.__version__} cannot load it as a causal language model: "
-            f"{_first_line(error)}"
-        ) from error
-    absent = sorted({*info["missing_keys"], *(str(each) for each in info["mismatched_keys"])})
-    if absent:
-        raise FormatError(
-            f"{path}: {len(absent)} weights of {type(model).__name__} are in none of its files or have another shape, "
-            f"e.g. {absent[0]}: config.json is of another model, or a file is missing"
-        )
-    return model
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0] if lines else ''}".rstrip(": ")
+        raise UnsupportedError(f"{path}: has no tokenizer that transformers can load: {first_line(error)}") from None

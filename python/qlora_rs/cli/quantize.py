@@ -59,26 +59,20 @@ def quantize(
     from qlora_rs.spec import QuantSpec
 
     spec = QuantSpec(quant_type, block_size, double_quant)
-    try:
-        with output.progress_bytes("quantizing") as progress:
-            report = checkpoint.quantize(
-                src,
-                dst,
-                spec,
-                skip_modules=skip,
-                include=include,
-                overwrite=overwrite,
-                dry_run=dry_run,
-                num_threads=jobs,
-                progress=progress,
-            )
-    except KeyboardInterrupt as interruption:
-        if str(interruption):
-            output.stderr.print(str(interruption), markup=False, highlight=False, soft_wrap=True)
-        raise
+    with output.progress_bytes("quantizing") as progress:
+        report = checkpoint.quantize(
+            src,
+            dst,
+            spec,
+            skip_modules=skip,
+            include=include,
+            overwrite=overwrite,
+            dry_run=dry_run,
+            num_threads=jobs,
+            progress=progress,
+        )
     if as_json:
         output.print_json(report.to_dict())
         return
-    output.stdout.print(str(report), markup=False, highlight=False, soft_wrap=True)
-    done = "would be written to" if dry_run else "written to"
-    output.stderr.print(f"{done} {dst}", markup=False, highlight=False, soft_wrap=True)
+    output.print_result(str(report))
+    output.message(f"{'would be written' if dry_run else 'written'} to {dst}")

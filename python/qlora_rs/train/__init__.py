@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from qlora_rs.train.dataset import DataReport
+from qlora_rs.train.evaluation import held_out_loss
 from qlora_rs.train.log import EvalEntry, StepEntry, read_log
 from qlora_rs.train.loop import DivergedError
 from qlora_rs.train.options import TrainOptions
@@ -16,6 +17,7 @@ __all__ = [
     "StepEntry",
     "TrainOptions",
     "TrainReport",
+    "held_out_loss",
     "read_log",
     "train",
 ]

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from qlora_rs.checkpoint.folder import replacing
 from qlora_rs.errors import require_extra
-from qlora_rs.train.files import replacing
 
 CURVE_FILE = "loss.png"
 
@@ -60,7 +60,7 @@ def draw_curve(entries: Sequence[dict[str, Any]], path: Path, title: str) -> Non
     axes.grid(alpha=0.3)
     if steps or held_out:
         axes.legend()
-    with replacing(path) as partial:
+    with replacing(path) as (partial,):
         figure.savefig(partial, format="png")
 
 

@@ -67,6 +67,11 @@ def load_tokenizer(folder: Path) -> Any:
     return tokenizer
 
 
+def pad_token(tokenizer: Any) -> int:
+    """What rows are filled up with; the model does not look at it."""
+    return next((each for each in (tokenizer.pad_token_id, tokenizer.eos_token_id) if each is not None), 0)
+
+
 class Encoder:
     """Encodes records with one tokenizer, cut to ``max_length`` tokens."""
 

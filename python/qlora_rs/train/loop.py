@@ -17,6 +17,7 @@ from qlora_rs.lora import lora_parameters
 from qlora_rs.train.batches import SampleStream, batches, derived_seed
 from qlora_rs.train.curve import CURVE_FILE, draw_curve
 from qlora_rs.train.encoding import Sample
+from qlora_rs.train.evaluation import mean_loss
 from qlora_rs.train.interruption import Interruption
 from qlora_rs.train.log import LOG_FILE, EvalEntry, Log, StepEntry, read_log
 from qlora_rs.train.loss import loss_sum
@@ -162,15 +163,11 @@ class Trainer:
         if not self._held_out or not due or self._evaluated == self._step:
             return
         started = time.monotonic()
-        self._model.eval()
-        total = 0.0
-        with torch.no_grad():
-            for batch in batches(self._held_out, self._options.batch_size, self._pad_id):
-                total += loss_sum(self._model, batch).item()
-        if not math.isfinite(total):
-            raise self._diverged(f"after step {self._step}", f"the held-out loss is {total}")
-        counted = sum(sample.counted_tokens for sample in self._held_out)
-        entry = EvalEntry(self._step, total / counted, counted, time.monotonic() - started)
+        batch_size = self._options.batch_size
+        loss, counted = mean_loss(self._model, self._held_out, batch_size=batch_size, pad_id=self._pad_id)
+        if not math.isfinite(loss):
+            raise self._diverged(f"after step {self._step}", f"the held-out loss is {loss}")
+        entry = EvalEntry(self._step, loss, counted, time.monotonic() - started)
         with self._interruption.held():
             log.append(entry)
             self._evaluated = self._step

@@ -12,7 +12,7 @@ from qlora_rs.errors import FormatError, UnsupportedError, require_extra
 from qlora_rs.lora import AttachReport, attach_lora
 from qlora_rs.train.curve import require_matplotlib
 from qlora_rs.train.dataset import Dataset, make_dataset
-from qlora_rs.train.encoding import Encoder, load_tokenizer
+from qlora_rs.train.encoding import Encoder, load_tokenizer, pad_token
 from qlora_rs.train.folder import FILES, check_output, claimed
 from qlora_rs.train.log import LOG_FILE, Log, read_log
 from qlora_rs.train.loop import Callbacks, MessageCallback, StepCallback, Trainer
@@ -69,12 +69,11 @@ def train(
         )
     model, attached = _load(options, dataset)
     callbacks.message(str(attached))
-    pad_id = next((each for each in (tokenizer.pad_token_id, tokenizer.eos_token_id) if each is not None), 0)
     trainer = Trainer(
         model,
         dataset.training,
         dataset.held_out,
-        pad_id=pad_id,
+        pad_id=pad_token(tokenizer),
         options=options,
         plan=plan,
         settings=settings,

@@ -18,9 +18,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from qlora_rs.checkpoint.folder import replacing
 from qlora_rs.errors import FormatError, UnsupportedError
 from qlora_rs.lora import lora_modules
-from qlora_rs.train.files import replacing
 
 STATE_FILE = "training_state.safetensors"
 _FORMAT = 1
@@ -55,7 +55,7 @@ def save_state(path: Path, state: TrainingState) -> None:
         "evaluated": state.evaluated,
     }
     metadata = {"qlora_rs_training_state": str(_FORMAT), "run": json.dumps(about)}
-    with replacing(path) as partial:
+    with replacing(path) as (partial,):
         # Not by save_file: where the disk is full it raises what does not look like the system's error.
         partial.write_bytes(save(state.tensors, metadata=metadata))
 

@@ -70,9 +70,7 @@ pub fn probe() -> Result<Driver, ProbeError> {
     result::init().map_err(failed("cuInit"))?;
     let mut version = 0;
     // SAFETY: the out pointer is a live local.
-    unsafe { sys::cuDriverGetVersion(&raw mut version) }
-        .result()
-        .map_err(failed("cuDriverGetVersion"))?;
+    unsafe { sys::cuDriverGetVersion(&raw mut version) }.result().map_err(failed("cuDriverGetVersion"))?;
     let count = result::device::get_count().map_err(failed("cuDeviceGetCount"))?;
     if count == 0 {
         return Err(ProbeError::NoDevice);

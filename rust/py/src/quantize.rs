@@ -4,8 +4,8 @@ use half::{bf16, f16};
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 use qlora_core::{
-    Control, CoreError, FloatType, Floats, FloatsMut, Layout, Nonfinite, Parallel, Scales, dequantize as core_dequantize,
-    double_quantize as core_double_quantize, quantize as core_quantize,
+    Control, CoreError, FloatType, Floats, FloatsMut, Layout, Nonfinite, Parallel, Scales,
+    dequantize as core_dequantize, double_quantize as core_double_quantize, quantize as core_quantize,
 };
 
 use crate::boundary::{IntoPyErr, Memory, detached, detached_brief, read, write};
@@ -151,9 +151,7 @@ pub fn dequantize(
         (read::<u8>(codes), out)
     };
     let parallel = Parallel::new(num_threads);
-    run(py, layout.elements(), |control| {
-        core_dequantize(codes, scales, &layout, &spec.inner, out, &parallel, control)
-    })
+    run(py, layout.elements(), |control| core_dequantize(codes, scales, &layout, &spec.inner, out, &parallel, control))
 }
 
 /// The 256 float32 values of the signed 8-bit dynamic map, which double quantization uses.

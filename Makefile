@@ -14,7 +14,8 @@ MATURIN := PATH="$(abspath $(BIN)):$$PATH" VIRTUAL_ENV="$(abspath $(VENV))" matu
 PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
 EXTENSION := python/qlora_rs/_core.abi3.so
 STUBS := python/qlora_rs/_core.pyi
-RUST_SOURCES := Cargo.toml Cargo.lock $(shell find rust -name '*.rs' -o -name Cargo.toml)
+# PTX is part of the extension.
+RUST_SOURCES := Cargo.toml Cargo.lock $(shell find rust -name '*.rs' -o -name Cargo.toml) $(wildcard kernels/ptx/*.ptx)
 DEMO_FILES := .cache/models/smollm2-135m-instruct .cache/data/chitchat
 
 # Nothing here may look for a hub: models and texts come from PyPI packages.
@@ -70,10 +71,12 @@ define write_stubs
 endef
 
 generate: $(VENV)/dev.stamp ## remake the committed files that a program writes
+	$(BIN)/python kernels/build.py
 	$(write_stubs)
 	cp build/stubs/qlora_rs/_core.pyi $(STUBS)
 
 check-generated: $(VENV)/dev.stamp ## fail where a committed generated file is not what `make generate` makes
+	$(BIN)/python kernels/build.py --check
 	$(write_stubs)
 	@diff -u $(STUBS) build/stubs/qlora_rs/_core.pyi || { echo "error: $(STUBS) is stale; hint: make generate"; exit 1; }
 

@@ -20,14 +20,14 @@ WHEEL_LIMIT_MB = 5.0
 PROGRAM = """
 import time, torch
 start = time.perf_counter()
-import {module}
+{statement}
 print(time.perf_counter() - start)
 """
 
 
-def import_seconds(module: str, repetitions: int) -> float:
+def import_seconds(statement: str, repetitions: int) -> float:
     """Median over fresh processes; the first, which may read from a cold disk, is left out."""
-    command = [sys.executable, "-c", PROGRAM.format(module=module)]
+    command = [sys.executable, "-c", PROGRAM.format(statement=statement)]
     runs = [subprocess.run(command, capture_output=True, text=True, check=True) for _ in range(repetitions + 1)]
     return statistics.median(float(run.stdout) for run in runs[1:])
 
@@ -47,8 +47,8 @@ def main() -> None:
     parser.add_argument("--repetitions", type=int, default=9)
     options = parser.parse_args()
     print(harness.machine(("torch", "bitsandbytes")), flush=True)
-    ours = import_seconds("qlora_rs", options.repetitions)
-    peer = import_seconds("bitsandbytes", options.repetitions)
+    ours = import_seconds("from qlora_rs import *", options.repetitions)  # all that is loaded on demand
+    peer = import_seconds("import bitsandbytes", options.repetitions)
     wheel = built_wheel()
     rows = [
         ("import after torch, s", f"{ours:.3f}", f"{peer:.3f}", limit(ours, IMPORT_LIMIT_SECONDS)),

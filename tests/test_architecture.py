@@ -42,6 +42,7 @@ LAYERS = (
     {"adapters", "adapter_merge"},
     {"merge"},
     {"integrations", "model"},
+    {"_exports"},
     {"eval"},
     {"train"},
     {"cli"},
@@ -238,7 +239,7 @@ before = set(sys.modules)
 def refuse(*args, **kwargs):
     raise AssertionError("import opened a socket")
 socket.socket.connect = refuse
-import qlora_rs
+from qlora_rs import *  # all that is loaded on demand
 heavy = {"transformers", "peft", "accelerate", "matplotlib", "typer", "rich", "datasets", "bitsandbytes"}
 loaded = {name.split(".")[0] for name in set(sys.modules) - before} & heavy
 assert not loaded, loaded

@@ -4,59 +4,40 @@
 >>> packed = qlora_rs.quantize(torch.ones(2, 64))
 >>> qlora_rs.dequantize(packed).shape
 torch.Size([2, 64])
+
+The public names are those of `_exports`. They are loaded when first asked for: torch takes seconds to import, for which
+`qlora-rs --help` need not wait, and a Ctrl-C meanwhile has to find code that answers it.
 """
 
 from __future__ import annotations
 
-from qlora_rs import checkpoint, reference
-from qlora_rs._core import __version__
-from qlora_rs.adapter_merge import MergeReport, merge_adapter
-from qlora_rs.adapters import load_adapter, read_adapter, save_adapter
-from qlora_rs.errors import DeviceError, FormatError, NonFiniteError, QloraError, UnsupportedError
-from qlora_rs.integrations import register_when_imported
-from qlora_rs.linear import Linear4bit
-from qlora_rs.lora import (
-    AttachReport,
-    LoraLinear,
-    adapters_disabled,
-    attach_lora,
-    lora_modules,
-    lora_parameters,
-)
-from qlora_rs.model import from_pretrained, quantize_model
-from qlora_rs.packed import PackedTensor
-from qlora_rs.quantization import dequantize, quantize
-from qlora_rs.report import QuantizeReport
-from qlora_rs.spec import QuantSpec
+import importlib
+import importlib.util
+from typing import TYPE_CHECKING
 
-__all__ = [
-    "AttachReport",
-    "DeviceError",
-    "FormatError",
-    "Linear4bit",
-    "LoraLinear",
-    "MergeReport",
-    "NonFiniteError",
-    "PackedTensor",
-    "QloraError",
-    "QuantSpec",
-    "QuantizeReport",
-    "UnsupportedError",
-    "__version__",
-    "adapters_disabled",
-    "attach_lora",
-    "checkpoint",
-    "dequantize",
-    "from_pretrained",
-    "load_adapter",
-    "lora_modules",
-    "lora_parameters",
-    "merge_adapter",
-    "quantize",
-    "quantize_model",
-    "read_adapter",
-    "reference",
-    "save_adapter",
-]
+from qlora_rs._core import __version__ as __version__
+from qlora_rs.integrations import register_when_imported
+
+if TYPE_CHECKING:
+    from qlora_rs._exports import *  # noqa: F403
+    from qlora_rs._exports import __all__ as __all__
+else:  # unseen by type checkers, for which a module's __getattr__ would make every name valid
+
+    def __getattr__(name):
+        public = not name.startswith("_")
+        # NOTE: modules first. Python asks here too when one of ours imports another from the package, and the exports
+        # may be what it is loading.
+        if public and importlib.util.find_spec(f"{__name__}.{name}") is not None:
+            return importlib.import_module(f"{__name__}.{name}")
+        if public or name == "__all__":
+            exports = importlib.import_module(f"{__name__}._exports")
+            if name in (*exports.__all__, "__all__"):
+                value = globals()[name] = getattr(exports, name)
+                return value
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+    def __dir__():
+        return sorted({*globals(), *__getattr__("__all__")})
+
 
 register_when_imported()

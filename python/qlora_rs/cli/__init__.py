@@ -1,13 +1,26 @@
-"""The command line `qlora-rs`. Nothing else in the package imports it."""
+"""The command line `qlora-rs`. Nothing else in the package imports it.
+
+What takes long to import is imported by the commands, where the guard answers Ctrl-C.
+"""
 
 from __future__ import annotations
 
+import sys
 from typing import NoReturn
+
+BAD_INPUT, SYSTEM, OUR_FAULT, INTERRUPTED = 2, 3, 70, 130
 
 
 def main() -> NoReturn:
     """Run the command that ``sys.argv`` asks for, and exit with its code."""
-    from qlora_rs.cli.app import app
+    try:
+        from qlora_rs.cli.app import app
 
-    app()
+        app()
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        raise SystemExit(INTERRUPTED) from None
+    except SystemExit as end:
+        # Typer's 1: whoever read a help text is gone. Commands answer that themselves, with this code too.
+        raise SystemExit(SYSTEM if end.code == 1 else end.code) from None
     raise SystemExit(0)

@@ -12,8 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
-from qlora_rs.cli import output
-from qlora_rs.cli.guard import SYSTEM
+from qlora_rs.cli import SYSTEM, output
 
 REQUIRED = ("torch", "numpy", "safetensors", "typer", "rich")
 # Optional packages, and what each is for here.

@@ -10,13 +10,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import ParamSpec, TypeVar
 
-import torch
 import typer
 
-from qlora_rs.cli import output
+from qlora_rs.cli import BAD_INPUT, INTERRUPTED, OUR_FAULT, SYSTEM, output
 from qlora_rs.errors import DeviceError, QloraError
 
-BAD_INPUT, SYSTEM, OUR_FAULT, INTERRUPTED = 2, 3, 70, 130
 PACKAGE = Path(__file__).resolve().parent.parent
 # What another argument would have avoided: our own errors, and those of the system that speak of paths.
 AVOIDABLE = (
@@ -86,7 +84,8 @@ def describe(error: Exception) -> str:
 
 def _is_out_of_memory(error: Exception) -> bool:
     """Torch says it with a RuntimeError on the CPU, and with a class of its own on devices."""
-    return isinstance(error, torch.OutOfMemoryError) or (
+    torch = sys.modules.get("torch")  # it is not imported for this: an error of torch comes after torch
+    return (torch is not None and isinstance(error, torch.OutOfMemoryError)) or (
         isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
     )
 

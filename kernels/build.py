@@ -56,7 +56,7 @@ def sms_for(arch: str, known: tuple[str, ...]) -> list[str]:
     return [f"sm_{own}"] if own.endswith("a") else [f"sm_{sm}" for sm in known if int(sm) >= int(own)]
 
 
-def run(command: list[str | Path], what: str, cwd: Path = KERNELS) -> subprocess.CompletedProcess[str]:
+def run(command: list[str | Path], what: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     """Run a program whose failure is the kernel's; settings of this machine's CUDA do not reach it."""
     env = {name: value for name, value in os.environ.items() if not name.startswith("NVCC_")}
     done = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, check=False)
@@ -68,14 +68,18 @@ def run(command: list[str | Path], what: str, cwd: Path = KERNELS) -> subprocess
 def fresh_constants() -> str:
     """`constants.cuh` as the Rust crate that owns the constants writes it."""
     cargo: list[str | Path] = ["cargo", "run", "--quiet", "--locked", "-p", "qlora-core", "--example", "cuda_constants"]
-    return run(cargo, f"kernels/{CONSTANTS}", cwd=ROOT).stdout
+    return run(cargo, f"kernels/{CONSTANTS}", ROOT).stdout
 
 
 def compile_ptx(tools: Toolkit, source: str, arch: str, folder: Path) -> str:
     """Canonical PTX of one source for one architecture."""
     out = folder / f"{source}.{arch}.ptx"
     # Relative names, so that __FILE__ is the same everywhere.
-    run([tools.nvcc, *FLAGS, f"-arch={arch}", "-I", "include", source, "-o", out], f"kernels/{source} for {arch}")
+    run(
+        [tools.nvcc, *FLAGS, f"-arch={arch}", "-I", "include", source, "-o", out],
+        f"kernels/{source} for {arch}",
+        KERNELS,
+    )
     private = {str(path) for path in (ROOT, ROOT.resolve(), Path.home(), Path(tempfile.gettempdir())) if path.name}
     return canonical_ptx(out.read_text(encoding="utf-8"), source, sorted(private))
 
@@ -86,7 +90,7 @@ def assemble(tools: Toolkit, path: Path, sm: str, *, old: bool) -> tuple[Report,
     if old:
         what = f"{path.name} needs more than PTX {PTX_VERSION}, where driver 525 ends; an old ptxas says, for {sm}"
     target = path.with_suffix(f".{sm}.{'old' if old else 'new'}")
-    log = run([tools.old_ptxas if old else tools.ptxas, "-v", f"-arch={sm}", path, "-o", target], what).stderr
+    log = run([tools.old_ptxas if old else tools.ptxas, "-v", f"-arch={sm}", path, "-o", target], what, KERNELS).stderr
     return parse_report(log), complaints(log)
 
 

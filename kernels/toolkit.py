@@ -56,7 +56,7 @@ class Toolkit:
 def ensure_toolkit(cache: Path) -> Toolkit:
     """Install what the cache lacks (some 100 MB the first time), and look for the host compiler that nvcc calls."""
     if shutil.which("gcc") is None:
-        raise ToolkitError("nvcc preprocesses with gcc, which is not on PATH; hint: apt-get install gcc g++")
+        raise ToolkitError("nvcc preprocesses with gcc, which is not on PATH; hint: apt-get install gcc")
     for name, packages in PACKAGES.items():
         if not (cache / name).is_dir():
             _install(packages, cache / name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import importlib.util
 import os
 import platform
 import statistics
@@ -58,6 +59,11 @@ def machine(packages: Sequence[str] = ("torch",)) -> str:
         f"{_processor()}, {os.cpu_count()} cores, qlora-rs {__version__} ({_core.simd_level()}), "
         f"Python {platform.python_version()}, {versions}, commit {_commit()}"
     )
+
+
+def installed(*packages: str) -> list[str]:
+    """Those of the packages that are there, for `machine`."""
+    return [name for name in packages if importlib.util.find_spec(name) is not None]
 
 
 def _processor() -> str:

@@ -1,6 +1,7 @@
-"""Where tensors meet the extension: the only module that hands out addresses, dtype codes and thread counts.
+"""Where tensors meet the extension: the only module that hands out addresses, dtype codes, streams and thread counts.
 
-Everything here works on dense CPU memory; `ops` dispatches by device and checks what users pass.
+Every function takes tensors of one device, CPU or CUDA; `ops` checks what users pass. Work on a CUDA device is queued on
+torch's current stream, its memory comes from torch's allocator.
 """
 
 from __future__ import annotations
@@ -18,10 +19,21 @@ _DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
 def _memory(tensor: Tensor) -> tuple[int, int]:
-    """(address, number of elements) of a contiguous CPU tensor."""
-    if not tensor.is_contiguous() or tensor.device.type != "cpu":
-        raise ValueError(f"expected contiguous CPU memory, got {tensor.device} with strides {tensor.stride()}")
+    """(address, number of elements) of a contiguous tensor."""
+    if not tensor.is_contiguous():
+        raise ValueError(f"expected contiguous memory, got strides {tensor.stride()}")
     return tensor.data_ptr(), tensor.numel()
+
+
+def _optional(tensor: Tensor | None) -> tuple[int, int] | None:
+    return None if tensor is None else _memory(tensor)
+
+
+def _queue(device: torch.device) -> tuple[int, int]:
+    """(device index, handle of torch's current stream there)."""
+    index: int = device.index
+    # torch.cuda.current_stream() makes an object, which takes longer than a launch.
+    return index, torch._C._cuda_getCurrentRawStream(index)
 
 
 def _layout(shape: tuple[int, ...]) -> tuple[int, int, int]:
@@ -31,13 +43,35 @@ def _layout(shape: tuple[int, ...]) -> tuple[int, int, int]:
 
 
 def quantize(weight: Tensor, spec: QuantSpec, check_finite: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Codes, absmax, group scales and offset of a CPU weight; the last two are empty without double quantization."""
+    """Codes, absmax, group scales and offset of a weight; the last two are empty without double quantization."""
     weight = weight.contiguous()
-    layout = _layout(tuple(weight.shape))
-    shapes = PackedShapes.of(tuple(weight.shape), spec)
-    threads = torch.get_num_threads()
-    codes = torch.empty(shapes.codes, dtype=torch.uint8)
-    absmax = torch.empty(shapes.absmax, dtype=torch.float32)
+    device, shapes = weight.device, PackedShapes.of(tuple(weight.shape), spec)
+    codes = torch.empty(shapes.codes, dtype=torch.uint8, device=device)
+    absmax = torch.empty(shapes.absmax, dtype=torch.float32, device=device)
+    nested = absmax
+    scale = offset = absmax.new_empty(0)
+    if spec.double_quant:
+        nested = torch.empty(shapes.absmax, dtype=torch.uint8, device=device)
+        scale = torch.empty(shapes.absmax_scale, dtype=torch.float32, device=device)
+        offset = torch.empty(shapes.absmax_offset, dtype=torch.float32, device=device)
+    if device.type == "cuda":
+        _quantize_cuda(weight, spec, check_finite, codes, absmax, nested, scale, offset)
+    else:
+        _quantize_cpu(weight, spec, check_finite, codes, absmax, nested, scale, offset)
+    return codes, nested, scale, offset
+
+
+def _quantize_cpu(
+    weight: Tensor,
+    spec: QuantSpec,
+    check_finite: bool,
+    codes: Tensor,
+    absmax: Tensor,
+    nested: Tensor,
+    scale: Tensor,
+    offset: Tensor,
+) -> None:
+    layout, threads = _layout(tuple(weight.shape)), torch.get_num_threads()
     _core.quantize(
         spec.core(),
         layout=layout,
@@ -48,21 +82,47 @@ def quantize(weight: Tensor, spec: QuantSpec, check_finite: bool) -> tuple[Tenso
         check_finite=check_finite,
         num_threads=threads,
     )
-    if not spec.double_quant:
-        return codes, absmax, torch.empty(0), torch.empty(0)
-    nested = torch.empty(shapes.absmax, dtype=torch.uint8)
-    scale = torch.empty(shapes.absmax_scale, dtype=torch.float32)
-    offset = torch.empty(shapes.absmax_offset, dtype=torch.float32)
-    _core.double_quantize(
+    if spec.double_quant:
+        _core.double_quantize(
+            spec.core(),
+            layout=layout,
+            absmax=_memory(absmax),
+            codes=_memory(nested),
+            scale=_memory(scale),
+            offset=_memory(offset),
+            num_threads=threads,
+        )
+
+
+def _quantize_cuda(
+    weight: Tensor,
+    spec: QuantSpec,
+    check_finite: bool,
+    codes: Tensor,
+    absmax: Tensor,
+    nested: Tensor,
+    scale: Tensor,
+    offset: Tensor,
+) -> None:
+    nonfinite = torch.zeros(1, dtype=torch.int32, device=weight.device) if check_finite else None
+    parts = None
+    if spec.double_quant:
+        sums = torch.empty_like(scale, dtype=torch.float64)
+        counts = torch.empty_like(scale, dtype=torch.int32)
+        parts = (_memory(nested), _memory(scale), _memory(offset), _memory(sums), _memory(counts))
+    _core.cuda_quantize(
         spec.core(),
-        layout=layout,
+        queue=_queue(weight.device),
+        layout=_layout(tuple(weight.shape)),
+        source=_memory(weight),
+        dtype=_DTYPE_CODES[weight.dtype],
+        codes=_memory(codes),
         absmax=_memory(absmax),
-        codes=_memory(nested),
-        scale=_memory(scale),
-        offset=_memory(offset),
-        num_threads=threads,
+        nested=parts,
+        nonfinite=_optional(nonfinite),
     )
-    return codes, nested, scale, offset
+    if nonfinite is not None and nonfinite.item():
+        quantize(weight.cpu(), spec, check_finite)  # raises the error that counts and locates them
 
 
 def dequantize(
@@ -74,22 +134,29 @@ def dequantize(
     spec: QuantSpec,
     dtype: torch.dtype,
 ) -> Tensor:
-    """The weight of shape ``codes.shape[:-1] + (columns,)`` in ``dtype``, on the CPU."""
+    """The weight of shape ``codes.shape[:-1] + (columns,)`` in ``dtype``, on the device of the codes."""
     shape = (*codes.shape[:-1], columns)
     codes, absmax = codes.contiguous(), absmax.contiguous()
-    nested = absmax_scale is not None and absmax_offset is not None
-    scale = absmax_scale.contiguous() if absmax_scale is not None else None
-    offset = absmax_offset.contiguous() if absmax_offset is not None else None
-    out = torch.empty(shape, dtype=dtype)
-    _core.dequantize(
-        spec.core(),
-        layout=_layout(shape),
-        codes=_memory(codes),
-        absmax=_memory(absmax),
-        scale=_memory(scale) if nested and scale is not None else None,
-        offset=_memory(offset) if nested and offset is not None else None,
-        out=_memory(out),
-        dtype=_DTYPE_CODES[dtype],
-        num_threads=torch.get_num_threads(),
-    )
+    scale = None if absmax_scale is None else absmax_scale.contiguous()
+    offset = None if absmax_offset is None else absmax_offset.contiguous()
+    out = torch.empty(shape, dtype=dtype, device=codes.device)
+    parts = {
+        "layout": _layout(shape),
+        "codes": _memory(codes),
+        "absmax": _memory(absmax),
+        "scale": _optional(scale),
+        "offset": _optional(offset),
+        "out": _memory(out),
+        "dtype": _DTYPE_CODES[dtype],
+    }
+    if codes.device.type == "cuda":
+        _core.cuda_dequantize(spec.core(), queue=_queue(codes.device), **parts)
+    else:
+        _core.dequantize(spec.core(), num_threads=torch.get_num_threads(), **parts)
     return out
+
+
+def warmup(device: torch.device) -> None:
+    """Compile every kernel for a CUDA device now."""
+    current = torch.cuda.current_device() if torch.cuda.is_initialized() else 0
+    _core.cuda_warmup(current if device.index is None else device.index)

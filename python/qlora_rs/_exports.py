@@ -17,7 +17,7 @@ from qlora_rs.lora import (
 )
 from qlora_rs.model import from_pretrained, quantize_model
 from qlora_rs.packed import PackedTensor
-from qlora_rs.quantization import dequantize, quantize
+from qlora_rs.quantization import dequantize, quantize, warmup
 from qlora_rs.report import QuantizeReport
 from qlora_rs.spec import QuantSpec
 
@@ -48,4 +48,5 @@ __all__ = [
     "read_adapter",
     "reference",
     "save_adapter",
+    "warmup",
 ]

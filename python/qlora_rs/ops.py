@@ -6,7 +6,7 @@ alone by autocast and by ``.to(dtype)``. A weight is doubly quantized iff ``absm
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -17,7 +17,7 @@ from qlora_rs import _bridge
 from qlora_rs.packed import FLOAT_DTYPES, PackedShapes
 from qlora_rs.spec import QuantSpec
 
-DEVICES = ("cpu", "meta")
+DEVICES = ("cpu", "cuda", "meta")
 
 _library = torch.library.Library("qlora_rs", "DEF")
 _PACKED = "Tensor codes, Tensor absmax, Tensor? absmax_scale, Tensor? absmax_offset, SymInt columns"
@@ -53,19 +53,35 @@ def _checked(
     spec = _spec(quant_type, block_size, nested, None if codebook is None else tuple(codebook))
     shapes = PackedShapes.of((*codes.shape[:-1], columns), spec)
     scales = (torch.float32, torch.int32)
-    _expect("codes", codes, (torch.uint8,), shapes.codes)
-    _expect("absmax", absmax, (torch.uint8,) if nested else scales, shapes.absmax)
+    device = codes.device
+    _expect("codes", codes, (torch.uint8,), shapes.codes, device)
+    _expect("absmax", absmax, (torch.uint8,) if nested else scales, shapes.absmax, device)
     if absmax_scale is not None and absmax_offset is not None:
-        _expect("absmax_scale", absmax_scale, scales, shapes.absmax_scale)
-        _expect("absmax_offset", absmax_offset, scales, shapes.absmax_offset)
+        _expect("absmax_scale", absmax_scale, scales, shapes.absmax_scale, device)
+        _expect("absmax_offset", absmax_offset, scales, shapes.absmax_offset, device)
     return spec
 
 
-def _expect(name: str, tensor: Tensor, dtypes: tuple[torch.dtype, ...], shape: tuple[int, ...]) -> None:
+def _expect(
+    name: str, tensor: Tensor, dtypes: tuple[torch.dtype, ...], shape: tuple[int, ...], device: torch.device
+) -> None:
+    if tensor.device != device:
+        raise ValueError(f"{name} is on {tensor.device}, the codes are on {device}: move all parts to one device")
     if tensor.dtype not in dtypes or tuple(tensor.shape) != shape:
         raise ValueError(
             f"{name}: expected {' or '.join(map(str, dtypes))} {list(shape)}, got {tensor.dtype} {list(tensor.shape)}"
         )
+
+
+def _kernel(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Registers one implementation for every device that has kernels: `_bridge` chooses by the tensors' device."""
+
+    def register(implementation: Callable[..., Any]) -> Callable[..., Any]:
+        for key in ("CPU", "CUDA"):
+            torch.library.impl(_library, name, key)(implementation)
+        return implementation
+
+    return register
 
 
 # quantize
@@ -89,8 +105,8 @@ def _(
     return codes, absmax, scale, offset
 
 
-@torch.library.impl(_library, "quantize", "CPU")
-def _quantize_cpu(
+@_kernel("quantize")
+def _quantize(
     weight: Tensor,
     quant_type: str,
     block_size: int,
@@ -125,8 +141,8 @@ def _(
     return codes.new_empty((*codes.shape[:-1], columns), dtype=dtype)
 
 
-@torch.library.impl(_library, "dequantize", "CPU")
-def _dequantize_cpu(
+@_kernel("dequantize")
+def _dequantize(
     codes: Tensor,
     absmax: Tensor,
     absmax_scale: Tensor | None,
@@ -160,12 +176,12 @@ def _mismatch(name: str, meaning: str, x: Tensor, expected: int) -> str:
     return f"{name} has shape {list(x.shape)}; its last dimension must be {meaning} = {expected}"
 
 
-@torch.library.impl(_library, "linear", "CPU")
-def _linear_cpu(x: Tensor, *packed_and_bias: Any) -> Tensor:
+@_kernel("linear")
+def _linear(x: Tensor, *packed_and_bias: Any) -> Tensor:
     *packed, bias = packed_and_bias
     if x.ndim == 0 or x.shape[-1] != packed[4]:
         raise ValueError(_mismatch("x", "in_features", x, packed[4]))
-    weight: Tensor = _dequantize_cpu(*packed, dtype=x.dtype)  # type: ignore[misc]  # packed is of any length here
+    weight: Tensor = _dequantize(*packed, dtype=x.dtype)  # type: ignore[misc]  # packed is of any length here
     return torch.nn.functional.linear(x, weight, None if bias is None else bias.to(x.dtype))
 
 
@@ -174,9 +190,9 @@ def _(grad: Tensor, codes: Tensor, *packed: Any) -> Tensor:
     return grad.new_empty((*grad.shape[:-1], packed[3]))
 
 
-@torch.library.impl(_library, "linear_backward", "CPU")
-def _linear_backward_cpu(grad: Tensor, *packed: Any) -> Tensor:
-    weight: Tensor = _dequantize_cpu(*packed, dtype=grad.dtype)  # type: ignore[misc]
+@_kernel("linear_backward")
+def _linear_backward(grad: Tensor, *packed: Any) -> Tensor:
+    weight: Tensor = _dequantize(*packed, dtype=grad.dtype)  # type: ignore[misc]
     return grad @ weight
 
 

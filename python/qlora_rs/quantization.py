@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from qlora_rs import ops
+from qlora_rs import _bridge, ops
 from qlora_rs.errors import UnsupportedError
 from qlora_rs.packed import FLOAT_DTYPES, PackedTensor
 from qlora_rs.spec import QuantSpec
@@ -78,6 +78,21 @@ def dequantize(packed: PackedTensor, dtype: torch.dtype | None = None) -> Tensor
         packed.dtype if dtype is None else dtype,
     )
     return weight
+
+
+def warmup(device: torch.device | str = "cuda") -> None:
+    """Compile every kernel for a CUDA device now, so that none is compiled in a graph capture or a timed step.
+
+    Otherwise the driver compiles a kernel when it is first used; it keeps the result on disk for later processes.
+
+    Raises:
+        DeviceError: there is no such device, or its driver cannot compile the kernels.
+        ValueError: the device is not a CUDA device.
+    """
+    device = torch.device(device)
+    if device.type != "cuda":
+        raise ValueError(f"only kernels of CUDA devices are compiled; got {device}")
+    _bridge.warmup(device)
 
 
 def _require_device(tensor: Tensor) -> None:

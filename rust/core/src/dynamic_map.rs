@@ -82,7 +82,8 @@ impl DynamicEncoder {
 ///
 /// The midpoint of two float32 is exact in float64; a float32 above the returned bound lies above it, one at or below
 /// does not. Where the midpoint is itself a float32, the tie belongs to the even one of i and i + 1.
-fn dynamic_thresholds() -> &'static [f32; 255] {
+#[must_use]
+pub fn dynamic_thresholds() -> &'static [f32; 255] {
     static THRESHOLDS: OnceLock<[f32; 255]> = OnceLock::new();
     THRESHOLDS.get_or_init(|| {
         let map = dynamic_map_signed();

@@ -20,11 +20,11 @@ pub mod quantize;
 pub mod simd;
 pub mod spec;
 
-pub use codebook::Codebook;
+pub use codebook::{Codebook, Search};
 pub use control::Control;
 pub use dequantize::{Scales, dequantize};
 pub use double_quant::double_quantize;
-pub use dynamic_map::dynamic_map_signed;
+pub use dynamic_map::{dynamic_map_signed, dynamic_thresholds};
 pub use error::CoreError;
 pub use float::{FloatType, Floats, FloatsMut};
 pub use layout::{Layout, NESTED_BLOCK_SIZE};

@@ -1,26 +1,8 @@
 //! Asks the CUDA driver what it sees, without ever panicking where there is none.
 
-use cudarc::driver::{DriverError, result, sys};
-use thiserror::Error;
+use cudarc::driver::{result, sys};
 
-/// Why no device can be used.
-#[derive(Debug, Error)]
-pub enum ProbeError {
-    /// The driver library is not on this machine.
-    #[error("no CUDA driver: libcuda.so was not found (install the NVIDIA driver, or use the CPU)")]
-    NoDriver,
-    /// The driver is there but refused.
-    #[error("the CUDA driver failed in {call}: {source:?}")]
-    Driver {
-        /// Driver function that failed.
-        call: &'static str,
-        /// The driver's own code.
-        source: DriverError,
-    },
-    /// Driver works, machine has no device.
-    #[error("the CUDA driver is installed but reports no device")]
-    NoDevice,
-}
+use crate::error::{CudaError, failed};
 
 /// One CUDA device as the driver describes it.
 #[derive(Debug, Clone)]
@@ -44,28 +26,19 @@ pub struct Driver {
     pub devices: Vec<Device>,
 }
 
-fn attribute(device: sys::CUdevice, which: sys::CUdevice_attribute) -> Result<i32, ProbeError> {
-    // SAFETY: `device` was returned by cuDeviceGet in `probe`.
+pub(crate) fn attribute(device: sys::CUdevice, which: sys::CUdevice_attribute) -> Result<i32, CudaError> {
+    // SAFETY: callers pass what cuDeviceGet returned.
     unsafe { result::device::get_attribute(device, which) }.map_err(failed("cuDeviceGetAttribute"))
 }
 
-fn failed(call: &'static str) -> impl Fn(DriverError) -> ProbeError {
-    move |source| match source.0 {
-        sys::CUresult::CUDA_ERROR_NO_DEVICE => ProbeError::NoDevice,
-        _ => ProbeError::Driver { call, source },
-    }
-}
-
-/// Initialise the driver and list its devices. Creates no context.
+/// Initialise the driver; the version it supports, (major, minor), and how many devices it sees (at least one).
 ///
 /// # Errors
-/// [`ProbeError`] says why no device can be used.
-pub fn probe() -> Result<Driver, ProbeError> {
-    use sys::CUdevice_attribute as Attribute;
-
+/// [`CudaError`] says why no device can be used.
+pub(crate) fn initialise() -> Result<((i32, i32), i32), CudaError> {
     // SAFETY: only tries to open the library; cudarc would panic on the first call if it were missing.
     if !unsafe { sys::is_culib_present() } {
-        return Err(ProbeError::NoDriver);
+        return Err(CudaError::NoDriver);
     }
     result::init().map_err(failed("cuInit"))?;
     let mut version = 0;
@@ -73,8 +46,19 @@ pub fn probe() -> Result<Driver, ProbeError> {
     unsafe { sys::cuDriverGetVersion(&raw mut version) }.result().map_err(failed("cuDriverGetVersion"))?;
     let count = result::device::get_count().map_err(failed("cuDeviceGetCount"))?;
     if count == 0 {
-        return Err(ProbeError::NoDevice);
+        return Err(CudaError::NoDevice);
     }
+    Ok(((version / 1000, version % 1000 / 10), count))
+}
+
+/// Initialise the driver and list its devices. Creates no context.
+///
+/// # Errors
+/// [`CudaError`] says why no device can be used.
+pub fn probe() -> Result<Driver, CudaError> {
+    use sys::CUdevice_attribute as Attribute;
+
+    let (cuda_version, count) = initialise()?;
     let mut devices = Vec::new();
     for ordinal in 0..count {
         let device = result::device::get(ordinal).map_err(failed("cuDeviceGet"))?;
@@ -89,7 +73,7 @@ pub fn probe() -> Result<Driver, ProbeError> {
             multiprocessors: attribute(device, Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?,
         });
     }
-    Ok(Driver { cuda_version: (version / 1000, version % 1000 / 10), devices })
+    Ok(Driver { cuda_version, devices })
 }
 
 #[cfg(test)]

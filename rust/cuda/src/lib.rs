@@ -1,3 +1,17 @@
-//! The device half of `qlora_rs`. Today it holds the driver probe: what card and driver there are, or why none.
+//! The device half of `qlora_rs`: the driver, the kernels' PTX, and one launcher for each kernel file.
 
+pub mod context;
+pub mod dequantize;
+pub mod double_quantize;
 pub mod driver;
+pub mod error;
+pub mod launch;
+mod modules;
+pub mod quantize;
+
+pub use context::{Device, device};
+pub use dequantize::{DeviceScales, dequantize};
+pub use double_quantize::Nested;
+pub use error::CudaError;
+pub use launch::{DevicePtr, Queue};
+pub use quantize::{Quantized, quantize};

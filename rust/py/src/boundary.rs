@@ -119,3 +119,11 @@ pub unsafe fn write<'a, T>((address, len): Memory) -> &'a mut [T] {
     // SAFETY: the caller's promise above.
     unsafe { std::slice::from_raw_parts_mut(address as *mut T, len) }
 }
+
+/// Lengths are checked against the layout, so that a wrong call is an error and not a wild write.
+pub fn expect(name: &str, got: usize, expected: usize) -> PyResult<()> {
+    if got == expected {
+        return Ok(());
+    }
+    Err(PyValueError::new_err(format!("{name}: expected {expected} elements, got {got}")))
+}

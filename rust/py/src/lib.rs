@@ -2,6 +2,7 @@
 
 mod boundary;
 mod checkpoint;
+mod cuda;
 mod device;
 mod quantize;
 mod spec;
@@ -17,6 +18,8 @@ mod _core {
 
     #[pymodule_export]
     use super::checkpoint::{pack_checkpoint, read_header};
+    #[pymodule_export]
+    use super::cuda::{cuda_dequantize, cuda_quantize, cuda_warmup};
     #[pymodule_export]
     use super::device::driver_probe;
     #[pymodule_export]

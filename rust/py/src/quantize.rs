@@ -8,11 +8,11 @@ use qlora_core::{
     dequantize as core_dequantize, double_quantize as core_double_quantize, quantize as core_quantize,
 };
 
-use crate::boundary::{IntoPyErr, Memory, detached, detached_brief, read, write};
+use crate::boundary::{IntoPyErr, Memory, detached, detached_brief, expect, read, write};
 use crate::spec::Spec;
 
 /// (experts, rows, columns).
-type Shape = (usize, usize, usize);
+pub type Shape = (usize, usize, usize);
 
 /// From how many elements on a call gets a thread of its own, so that Ctrl-C is answered.
 const LONG_CALL: usize = 1 << 26;
@@ -24,25 +24,19 @@ where
     if elements < LONG_CALL { detached_brief(py, work) } else { detached(py, None, work) }
 }
 
-fn layout_of(spec: &Spec, (experts, rows, columns): Shape) -> PyResult<Layout> {
+/// Sizes of a weight, checked.
+pub fn layout_of(spec: &Spec, (experts, rows, columns): Shape) -> PyResult<Layout> {
     Layout::new(experts, rows, columns, &spec.inner).map_err(IntoPyErr::into_py_err)
 }
 
-fn float_type(code: u8) -> PyResult<FloatType> {
+/// The float type that Python's code names.
+pub fn float_type(code: u8) -> PyResult<FloatType> {
     match code {
         0 => Ok(FloatType::F32),
         1 => Ok(FloatType::Bf16),
         2 => Ok(FloatType::F16),
         _ => Err(PyValueError::new_err(format!("unknown dtype code {code}"))),
     }
-}
-
-/// Lengths are checked against the layout, so that a wrong call is an error and not a wild write.
-fn expect(name: &str, got: usize, expected: usize) -> PyResult<()> {
-    if got == expected {
-        return Ok(());
-    }
-    Err(PyValueError::new_err(format!("{name}: expected {expected} elements, got {got}")))
 }
 
 /// Quantize `source` (elements of `dtype`: 0 float32, 1 bfloat16, 2 float16) into `codes` (bytes) and `absmax` (float32).

@@ -1,0 +1,131 @@
+//! Devices as this process uses them: the primary context, which torch shares, and what the kernels must know.
+
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Mutex, OnceLock};
+
+use cudarc::driver::{result, sys};
+
+use crate::driver::{attribute, initialise};
+use crate::error::{CudaError, failed};
+use crate::modules::Modules;
+
+/// Devices beyond this many are not used; no machine has them.
+const MAX_DEVICES: usize = 64;
+/// What the kernels' PTX asks of a driver.
+const LEAST_DRIVER: (i32, i32) = (12, 0);
+/// What the oldest kernels' PTX asks of a device.
+const LEAST_CAPABILITY: (i32, i32) = (7, 5);
+
+/// A device whose primary context this process holds.
+#[derive(Debug)]
+pub struct Device {
+    context: sys::CUcontext,
+    /// Compute capability, (major, minor).
+    pub capability: (i32, i32),
+    /// Number of streaming multiprocessors.
+    pub multiprocessors: u32,
+    /// Bytes of L2 cache.
+    pub l2_bytes: usize,
+    /// Bytes of shared memory that one CTA may ask for.
+    pub shared_bytes: u32,
+    /// Marketing name.
+    pub name: String,
+    pub(crate) modules: Modules,
+}
+
+// SAFETY: a CUcontext is a handle that the driver lets any thread use; the rest is plain data or locked.
+unsafe impl Send for Device {}
+// SAFETY: as above.
+unsafe impl Sync for Device {}
+
+static DEVICES: [OnceLock<Device>; MAX_DEVICES] = [const { OnceLock::new() }; MAX_DEVICES];
+static STARTING: Mutex<()> = Mutex::new(());
+/// The process that started CUDA; 0 before.
+static OWNER: AtomicU32 = AtomicU32::new(0);
+
+/// The device of this index, its primary context retained on the first call.
+///
+/// # Errors
+/// [`CudaError`] says why it cannot be used.
+pub fn device(ordinal: i32) -> Result<&'static Device, CudaError> {
+    let owner = OWNER.load(Ordering::Acquire);
+    if owner != 0 && owner != std::process::id() {
+        return Err(CudaError::Forked);
+    }
+    let slot = usize::try_from(ordinal).ok().and_then(|index| DEVICES.get(index));
+    if let Some(device) = slot.and_then(OnceLock::get) {
+        return Ok(device);
+    }
+    // A panic while starting leaves nothing half made: the lock guards no data.
+    let _starting = STARTING.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+    let (version, count) = initialise()?;
+    if version < LEAST_DRIVER {
+        return Err(CudaError::OldDriver { version });
+    }
+    let slot = slot.filter(|_| ordinal < count).ok_or(CudaError::Ordinal { ordinal, count })?;
+    if slot.get().is_none() {
+        let device = open(ordinal)?;
+        OWNER.store(std::process::id(), Ordering::Release);
+        // Nobody else can have filled it: the lock is held.
+        let _ = slot.set(device);
+    }
+    slot.get().ok_or(CudaError::NoDevice)
+}
+
+fn open(ordinal: i32) -> Result<Device, CudaError> {
+    use sys::CUdevice_attribute as Attribute;
+
+    let handle = result::device::get(ordinal).map_err(failed("cuDeviceGet"))?;
+    let unsigned = |which| attribute(handle, which).map(|value| u32::try_from(value).unwrap_or(0));
+    let capability = (
+        attribute(handle, Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)?,
+        attribute(handle, Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)?,
+    );
+    let name = result::device::get_name(handle).map_err(failed("cuDeviceGetName"))?;
+    if capability < LEAST_CAPABILITY {
+        return Err(CudaError::OldDevice { name, capability, need: "qlora_rs", least: LEAST_CAPABILITY });
+    }
+    Ok(Device {
+        // SAFETY: `handle` was returned by cuDeviceGet. Never released: torch holds the same context to the end.
+        context: unsafe { result::primary_ctx::retain(handle) }.map_err(failed("cuDevicePrimaryCtxRetain"))?,
+        capability,
+        multiprocessors: unsigned(Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?.max(1),
+        l2_bytes: unsigned(Attribute::CU_DEVICE_ATTRIBUTE_L2_CACHE_SIZE)? as usize,
+        shared_bytes: unsigned(Attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)?,
+        name,
+        modules: Modules::default(),
+    })
+}
+
+impl Device {
+    /// Makes this device's context the calling thread's until the guard is dropped.
+    ///
+    /// # Errors
+    /// [`CudaError::Driver`].
+    pub(crate) fn enter(&self) -> Result<Entered, CudaError> {
+        let mut current = std::ptr::null_mut();
+        // SAFETY: the out pointer is a live local.
+        unsafe { sys::cuCtxGetCurrent(&raw mut current) }.result().map_err(failed("cuCtxGetCurrent"))?;
+        if current == self.context {
+            return Ok(Entered { pushed: false });
+        }
+        // SAFETY: the context is retained for as long as the process lives.
+        unsafe { sys::cuCtxPushCurrent_v2(self.context) }.result().map_err(failed("cuCtxPushCurrent"))?;
+        Ok(Entered { pushed: true })
+    }
+}
+
+/// Puts the thread's former context back.
+pub(crate) struct Entered {
+    pushed: bool,
+}
+
+impl Drop for Entered {
+    fn drop(&mut self) {
+        if self.pushed {
+            let mut old = std::ptr::null_mut();
+            // SAFETY: pops what `enter` pushed on this thread. A failure leaves the context current, which harms nobody.
+            let _ = unsafe { sys::cuCtxPopCurrent_v2(&raw mut old) };
+        }
+    }
+}

@@ -1,0 +1,167 @@
+//! The kernels' PTX, compiled by the driver when a kernel is first used on a device.
+
+use std::collections::HashMap;
+use std::ffi::{CString, c_void};
+use std::path::Path;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Mutex, PoisonError, RwLock};
+
+use cudarc::driver::{result, sys};
+
+use crate::context::Device;
+use crate::error::{CudaError, failed};
+
+/// One compilation of a `.cu` file.
+#[derive(Debug)]
+struct Ptx {
+    /// Name of the file in `kernels/ptx`, without `.ptx`.
+    stem: &'static str,
+    /// Least compute capability, (major, minor).
+    least: (i32, i32),
+    text: &'static str,
+}
+
+macro_rules! ptx {
+    ($stem:literal, $least:expr) => {
+        Ptx { stem: $stem, least: $least, text: include_str!(concat!("../../../kernels/ptx/", $stem, ".ptx")) }
+    };
+}
+
+/// A `.cu` file: its compilations, the most demanding first.
+#[derive(Debug)]
+pub(crate) struct KernelFile(&'static [Ptx]);
+
+pub(crate) static DEQUANTIZE: KernelFile = KernelFile(&[ptx!("dequantize", (7, 5))]);
+pub(crate) static QUANTIZE: KernelFile = KernelFile(&[ptx!("quantize", (7, 5))]);
+pub(crate) static DOUBLE_QUANTIZE: KernelFile = KernelFile(&[ptx!("double_quantize", (7, 5))]);
+
+/// All of them, for [`warmup`].
+static FILES: [&KernelFile; 3] = [&DEQUANTIZE, &QUANTIZE, &DOUBLE_QUANTIZE];
+
+/// Names a folder whose PTX is used instead of the embedded text, for work on kernels.
+const PTX_DIR: &str = "QLORA_RS_PTX_DIR";
+/// The assembler's messages are cut here.
+const LOG_BYTES: usize = 8192;
+
+/// A kernel on one device.
+#[derive(Debug)]
+pub(crate) struct Function {
+    pub(crate) handle: sys::CUfunction,
+    /// Bytes of dynamic shared memory that it has been allowed.
+    allowed_shared: AtomicU32,
+}
+
+// SAFETY: a CUfunction is a handle that the driver lets any thread use.
+unsafe impl Send for Function {}
+// SAFETY: as above.
+unsafe impl Sync for Function {}
+
+impl Function {
+    /// Lets the kernel be launched with this much dynamic shared memory.
+    pub(crate) fn allow_shared(&self, bytes: u32) -> Result<(), CudaError> {
+        use sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES as LIMIT;
+        if bytes > self.allowed_shared.load(Ordering::Relaxed) {
+            // SAFETY: the handle lives as long as the process.
+            unsafe { result::function::set_function_attribute(self.handle, LIMIT, bytes.cast_signed()) }
+                .map_err(failed("cuFuncSetAttribute"))?;
+            self.allowed_shared.fetch_max(bytes, Ordering::Relaxed);
+        }
+        Ok(())
+    }
+}
+
+/// What has been loaded on one device. Loaded kernels stay to the end of the process.
+#[derive(Debug, Default)]
+pub(crate) struct Modules {
+    functions: RwLock<HashMap<&'static str, &'static Function>>,
+    /// `CUmodule` handles by file stem; the lock also makes every file be compiled once.
+    modules: Mutex<HashMap<&'static str, usize>>,
+}
+
+impl Device {
+    /// The kernel `name` of `file`; its context must be current. The first use of a file compiles it.
+    pub(crate) fn function(
+        &self,
+        file: &'static KernelFile,
+        name: &'static str,
+    ) -> Result<&'static Function, CudaError> {
+        let functions = &self.modules.functions;
+        if let Some(found) = functions.read().unwrap_or_else(PoisonError::into_inner).get(name) {
+            return Ok(found);
+        }
+        let module = self.module(file)?;
+        let symbol = CString::new(name).map_err(|_| CudaError::Unsupported(format!("kernel name {name:?}")))?;
+        // SAFETY: `module` was loaded on this device and is never unloaded.
+        let handle = unsafe { result::module::get_function(module, symbol) }.map_err(failed("cuModuleGetFunction"))?;
+        let function = &*Box::leak(Box::new(Function { handle, allowed_shared: AtomicU32::new(0) }));
+        Ok(functions.write().unwrap_or_else(PoisonError::into_inner).entry(name).or_insert(function))
+    }
+
+    fn module(&self, file: &'static KernelFile) -> Result<sys::CUmodule, CudaError> {
+        let ptx = file.0.iter().find(|ptx| self.capability >= ptx.least).ok_or_else(|| CudaError::OldDevice {
+            name: self.name.clone(),
+            capability: self.capability,
+            need: file.0[0].stem,
+            least: file.0[file.0.len() - 1].least,
+        })?;
+        let mut modules = self.modules.modules.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(&module) = modules.get(ptx.stem) {
+            return Ok(module as sys::CUmodule);
+        }
+        let module = match std::env::var_os(PTX_DIR) {
+            Some(folder) if !folder.is_empty() => {
+                let path = Path::new(&folder).join(ptx.stem).with_extension("ptx");
+                let text = std::fs::read_to_string(&path)
+                    .map_err(|source| CudaError::PtxDir { path: path.display().to_string(), source })?;
+                load(&path.display().to_string(), &text)?
+            }
+            _ => load(ptx.stem, ptx.text)?,
+        };
+        modules.insert(ptx.stem, module as usize);
+        Ok(module)
+    }
+
+    /// Compile every kernel that this device can run, so that none is compiled in a graph capture or a timed step.
+    ///
+    /// # Errors
+    /// [`CudaError`]: a kernel file could not be compiled.
+    pub fn warmup(&self) -> Result<(), CudaError> {
+        let _entered = self.enter()?;
+        for file in FILES {
+            match self.module(file) {
+                Ok(_) | Err(CudaError::OldDevice { .. }) => {}
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(())
+    }
+}
+
+fn load(file: &str, text: &str) -> Result<sys::CUmodule, CudaError> {
+    use sys::CUjit_option::{CU_JIT_ERROR_LOG_BUFFER, CU_JIT_ERROR_LOG_BUFFER_SIZE_BYTES};
+
+    let image = CString::new(text)
+        .map_err(|_| CudaError::Unsupported(format!("{file} is not PTX text: it holds a zero byte")))?;
+    let mut log = vec![0u8; LOG_BYTES];
+    let mut options = [CU_JIT_ERROR_LOG_BUFFER, CU_JIT_ERROR_LOG_BUFFER_SIZE_BYTES];
+    let mut values = [log.as_mut_ptr().cast::<c_void>(), LOG_BYTES as *mut c_void];
+    let mut module = std::ptr::null_mut();
+    // SAFETY: the image ends in a zero byte, the two options have their values in the same order, and the log buffer has
+    // the size that is stated; all of them outlive the call.
+    unsafe {
+        sys::cuModuleLoadDataEx(
+            &raw mut module,
+            image.as_ptr().cast(),
+            options.len() as u32,
+            options.as_mut_ptr(),
+            values.as_mut_ptr(),
+        )
+    }
+    .result()
+    .map_err(|source| {
+        let end = log.iter().position(|&byte| byte == 0).unwrap_or(log.len());
+        let log = String::from_utf8_lossy(&log[..end]).trim().to_owned();
+        CudaError::Load { file: file.to_owned(), source, log }
+    })?;
+    Ok(module)
+}

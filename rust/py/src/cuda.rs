@@ -1,0 +1,144 @@
+//! Queue the kernels on device memory; all calls return before the work is done.
+
+use pyo3::prelude::*;
+use qlora_core::Layout;
+use qlora_cuda::{CudaError, DevicePtr, DeviceScales, Nested, Quantized, Queue};
+
+use crate::boundary::{IntoPyErr, Memory, expect};
+use crate::quantize::{Shape, float_type, layout_of};
+use crate::spec::Spec;
+
+pyo3::import_exception!(qlora_rs.errors, DeviceError);
+pyo3::import_exception!(qlora_rs.errors, UnsupportedError);
+
+impl IntoPyErr for CudaError {
+    fn into_py_err(self) -> PyErr {
+        match self {
+            Self::Unsupported(message) => UnsupportedError::new_err(message),
+            _ => DeviceError::new_err(self.to_string()),
+        }
+    }
+}
+
+/// Device index and the stream's handle, as `_bridge.py` gives them.
+type QueueOf = (i32, usize);
+
+/// Launching can wait for room in the driver's queue, and a kernel's first use compiles it: not under the GIL.
+fn run<F>(py: Python<'_>, work: F) -> PyResult<()>
+where
+    F: FnOnce() -> Result<(), CudaError> + Send,
+{
+    py.detach(work).map_err(IntoPyErr::into_py_err)
+}
+
+fn queue_of((device, stream): QueueOf) -> Queue {
+    Queue { device, stream }
+}
+
+fn pointer((address, _): Memory) -> DevicePtr {
+    address as DevicePtr
+}
+
+/// u8 codes, group scales and offset of doubly quantized scales; float64 sums and int32 counts to work in, as many as
+/// group scales.
+type NestedMemory = (Memory, Memory, Memory, Memory, Memory);
+
+/// Quantize `source` into `codes` and float32 `absmax`, and these again into `nested`, which is given iff the spec asks for
+/// it; `nonfinite` (int32 `[1]`, or None) is set to 1 where NaN or Inf is seen.
+#[pyfunction]
+#[pyo3(signature = (spec, *, queue, layout, source, dtype, codes, absmax, nested, nonfinite))]
+#[allow(clippy::too_many_arguments)] // named at the only call, in _bridge.py
+pub fn cuda_quantize(
+    py: Python<'_>,
+    spec: &Spec,
+    queue: QueueOf,
+    layout: Shape,
+    source: Memory,
+    dtype: u8,
+    codes: Memory,
+    absmax: Memory,
+    nested: Option<NestedMemory>,
+    nonfinite: Option<Memory>,
+) -> PyResult<()> {
+    let (layout, dtype) = (layout_of(spec, layout)?, float_type(dtype)?);
+    expect("source", source.1, layout.elements())?;
+    expect("codes", codes.1, layout.code_bytes())?;
+    expect("absmax", absmax.1, layout.blocks())?;
+    expect("nested parts", usize::from(nested.is_some()), usize::from(spec.inner.double_quant()))?;
+    let nested = nested.map(|parts| nested_of(&layout, parts)).transpose()?;
+    let out =
+        Quantized { codes: pointer(codes), absmax: pointer(absmax), nonfinite: nonfinite.map_or(0, pointer), nested };
+    let (source, queue) = (pointer(source), queue_of(queue));
+    run(py, || {
+        // SAFETY: `_bridge.py` passes live contiguous tensors of this device, whose lengths were checked above.
+        unsafe { qlora_cuda::quantize(queue, &spec.inner, &layout, source, dtype, &out) }
+    })
+}
+
+fn nested_of(layout: &Layout, (codes, scale, offset, sums, counts): NestedMemory) -> PyResult<Nested> {
+    expect("scale codes", codes.1, layout.blocks())?;
+    for (name, memory) in [("scale", scale), ("sums", sums), ("counts", counts)] {
+        expect(name, memory.1, layout.groups())?;
+    }
+    expect("offset", offset.1, layout.experts())?;
+    Ok(Nested {
+        codes: pointer(codes),
+        group_scale: pointer(scale),
+        offset: pointer(offset),
+        run_sums: pointer(sums),
+        run_counts: pointer(counts),
+    })
+}
+
+/// Dequantize into `out` (elements of `dtype`); scales are doubly quantized iff `scale` and `offset` are given.
+#[pyfunction]
+#[pyo3(signature = (spec, *, queue, layout, codes, absmax, scale, offset, out, dtype))]
+#[allow(clippy::too_many_arguments)] // named at the only call, in _bridge.py
+pub fn cuda_dequantize(
+    py: Python<'_>,
+    spec: &Spec,
+    queue: QueueOf,
+    layout: Shape,
+    codes: Memory,
+    absmax: Memory,
+    scale: Option<Memory>,
+    offset: Option<Memory>,
+    out: Memory,
+    dtype: u8,
+) -> PyResult<()> {
+    let (layout, dtype) = (layout_of(spec, layout)?, float_type(dtype)?);
+    expect("codes", codes.1, layout.code_bytes())?;
+    expect("out", out.1, layout.elements())?;
+    let scales = scales_of(spec, &layout, absmax, scale, offset)?;
+    let (codes, out) = (pointer(codes), pointer(out));
+    let queue = queue_of(queue);
+    run(py, || {
+        // SAFETY: as in `cuda_quantize`.
+        unsafe { qlora_cuda::dequantize(queue, &spec.inner, &layout, codes, scales, out, dtype) }
+    })
+}
+
+/// Checked against the layout; the two parts of doubly quantized scales are there iff the spec says so.
+fn scales_of(
+    spec: &Spec,
+    layout: &Layout,
+    absmax: Memory,
+    scale: Option<Memory>,
+    offset: Option<Memory>,
+) -> PyResult<DeviceScales> {
+    let nested = spec.inner.double_quant();
+    expect("absmax", absmax.1, layout.blocks())?;
+    expect("scale", scale.map_or(0, |memory| memory.1), if nested { layout.groups() } else { 0 })?;
+    expect("offset", offset.map_or(0, |memory| memory.1), if nested { layout.experts() } else { 0 })?;
+    Ok(DeviceScales {
+        absmax: pointer(absmax),
+        group_scale: scale.map_or(0, pointer),
+        offset: offset.map_or(0, pointer),
+    })
+}
+
+/// Compile every kernel for this device now, so that none is compiled in a graph capture or a timed step.
+#[pyfunction]
+pub fn cuda_warmup(py: Python<'_>, device: i32) -> PyResult<()> {
+    run(py, || qlora_cuda::device(device)?.warmup())
+}

@@ -164,19 +164,24 @@ def write(name: str, text: str) -> None:
 def build(tools: Toolkit, names: list[str], *, check: bool) -> int:
     """Remake the generated files, or compare them with what they would be; returns the exit status."""
     start = time.monotonic()
-    committed = read_committed()
-    old_manifest = json.loads(committed.get(MANIFEST, "{}"))
     fresh = {CONSTANTS: fresh_constants()}
     if not check:
         write(CONSTANTS, fresh[CONSTANTS])
     sources = chosen_sources(names)
     with tempfile.TemporaryDirectory(prefix="qlora-kernels.") as folder:
         texts, described = generate(tools, sources, Path(folder))
+    # Read late: another build, of other names, may have ended meanwhile.
+    committed = read_committed()
+    old_manifest = json.loads(committed.get(MANIFEST, "{}"))
     spilling = spill_table({"ptx": described})
     took = f"{len(texts)} PTX files in {time.monotonic() - start:.1f} s"
-    for stem, entry in old_manifest.get("ptx", {}).items() if names else ():
-        if entry["source"] not in {path.name for path in sources} and f"ptx/{stem}.ptx" in committed:
-            described[stem], texts[stem] = entry, committed[f"ptx/{stem}.ptx"]
+    if names:  # what other sources made stays; what no source is known to have made is for a full build to judge
+        entries_before = old_manifest.get("ptx", {})
+        for stem in (Path(name).stem for name in committed if name.endswith(".ptx")):
+            if stem not in entries_before:
+                texts.setdefault(stem, committed[f"ptx/{stem}.ptx"])
+            elif entries_before[stem]["source"] not in {path.name for path in sources}:
+                texts[stem], described[stem] = committed[f"ptx/{stem}.ptx"], entries_before[stem]
     manifest = {"compiler": f"nvcc {NVCC_VERSION} {' '.join(FLAGS)}", "ptx": described}
     fresh |= {f"ptx/{stem}.ptx": text for stem, text in texts.items()} | {MANIFEST: manifest_text(manifest)}
     if check:

@@ -268,10 +268,12 @@ def test_named_source_leaves_the_ptx_of_others(tree: Path, monkeypatch: pytest.M
     generating(monkeypatch, spill=0)
     build.build(NO_TOOLS, [], check=False)
     (tree / "other.cu").write_text("// arch: compute_80\n")
+    (tree / "ptx" / "unlisted.ptx").write_text("// by hand\n")
     other = manifest_with(0, "other")["ptx"]["k"] | {"source": "other.cu"}
     monkeypatch.setattr(build, "generate", lambda tools, sources, folder: ({"other": "// other\n"}, {"other": other}))
     assert build.build(NO_TOOLS, ["other"], check=False) == 0
     assert (tree / "ptx" / "k.ptx").read_text() == ".version 8.0\n"
+    assert (tree / "ptx" / "unlisted.ptx").exists()
     assert sorted(json.loads((tree / "ptx" / "manifest.json").read_text())["ptx"]) == ["k", "other"]
     with pytest.raises(ptx_text.KernelError, match=r"there is no kernels/absent\.cu"):
         build.build(NO_TOOLS, ["absent"], check=False)

@@ -78,7 +78,9 @@ def from_pretrained(
     # stays in floats is cast afterwards.
     stored = {FLOAT_DTYPE_NAMES[row.dtype] for row in info.tensors if row.dtype in FLOAT_DTYPE_NAMES}
     loaded = getattr(torch, stored.pop() if len(stored) == 1 else "float32")
-    return _load(transformers, folder, loaded, asked).to(target)
+    model = _load(transformers, folder, loaded, asked)
+    _cast(model, target)
+    return model
 
 
 def quantize_model(
@@ -243,6 +245,17 @@ def _load(transformers: Any, folder: Path, dtype: torch.dtype, quantization: Any
             stacklevel=3,
         )
     return model
+
+
+def _cast(model: nn.Module, dtype: torch.dtype) -> None:
+    """Cast what the files hold.
+
+    NOTE: not ``model.to(dtype)``: what a model computes for itself, as rotary embeddings do their frequencies, has the
+    type that it needs, and loading leaves it in.
+    """
+    for tensor in model.state_dict(keep_vars=True).values():
+        if tensor.is_floating_point():
+            tensor.data = tensor.data.to(dtype)
 
 
 @contextmanager

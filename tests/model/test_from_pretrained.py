@@ -68,6 +68,18 @@ def test_the_stored_values_are_quantized_whatever_type_is_computed_in(make_tiny_
     assert model(ids).logits.dtype == dtype
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_what_the_model_computes_for_itself_has_the_type_that_it_has_in_a_float_model(tiny_llama, dtype):
+    from transformers import AutoModelForCausalLM
+
+    ours = qlora_rs.from_pretrained(tiny_llama, dtype=dtype)
+    theirs = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=dtype)
+    expected = dict(theirs.named_buffers())
+    assert "model.rotary_emb.inv_freq" in expected
+    for name, buffer in ours.named_buffers():
+        torch.testing.assert_close(buffer, expected[name], rtol=0, atol=0)
+
+
 def test_a_folder_of_mixed_types_is_quantized_from_its_own_values(tiny_llama, make_tiny_llama, tmp_path):
     source = make_tiny_llama(tmp_path / "source", dtype=torch.float32)
     edit_tensors(source, lambda t: t.update({k: v.half() for k, v in t.items() if "norm" in k}))

@@ -154,3 +154,14 @@ def write_chats(tmp_path: Path) -> Callable[..., Path]:
         return path
 
     return write
+
+
+@pytest.fixture(scope="session")
+def losses() -> Callable[[Path], list[float]]:
+    """The losses of a training run's steps, read from its output folder."""
+    from qlora_rs.train import read_log
+
+    def read(output: Path) -> list[float]:
+        return [entry["loss"] for entry in read_log(output / "log.jsonl") if "loss" in entry]
+
+    return read

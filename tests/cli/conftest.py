@@ -18,6 +18,16 @@ class Outcome(NamedTuple):
     out: str
     err: str
 
+    @property
+    def out_words(self) -> str:
+        """Results on one line: they may be wrapped to the terminal."""
+        return " ".join(self.out.split())
+
+    @property
+    def err_words(self) -> str:
+        """Messages on one line."""
+        return " ".join(self.err.split())
+
 
 @pytest.fixture
 def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:

@@ -90,7 +90,7 @@ def test_text_that_cannot_be_scored_is_exit_code_2(command, packed_llama, tmp_pa
 def test_wrong_use_is_exit_code_2_with_a_message_that_helps(command, packed_llama, text, arguments, message):
     outcome = command("eval", packed_llama, text, *arguments)
     assert (outcome.code, outcome.out) == (2, "")
-    assert message in " ".join(outcome.err.split())
+    assert message in outcome.err_words
     assert "Traceback" not in outcome.err
 
 

@@ -81,7 +81,7 @@ def test_a_float_model_is_used_as_it_is(command, tiny_llama):
 def test_wrong_use_is_exit_code_2_with_a_message_that_helps(command, packed_llama, arguments, message):
     outcome = command("generate", packed_llama, *arguments)
     assert (outcome.code, outcome.out) == (2, "")
-    assert message in " ".join(outcome.err.split())
+    assert message in outcome.err_words
     assert "Traceback" not in outcome.err
 
 

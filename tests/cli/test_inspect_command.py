@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from qlora_rs import checkpoint, cli
+from qlora_rs import checkpoint
 
 
 @pytest.fixture
@@ -26,26 +24,13 @@ def packed(tmp_path: Path) -> Path:
     return tmp_path / "packed"
 
 
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[object, str, str]]:
-    """Run the command line in this process: (exit code, stdout, stderr)."""
+@pytest.fixture(autouse=True)
+def _wide_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "200")
 
-    def run(*arguments: object) -> tuple[object, str, str]:
-        monkeypatch.setattr(sys, "argv", ["qlora-rs", *map(str, arguments)])
-        code: object = 0
-        try:
-            code = cli.main()
-        except SystemExit as end:
-            code = end.code
-        captured = capsys.readouterr()
-        return code or 0, captured.out, captured.err
 
-    return run
-
-
-def test_repeated_layers_are_folded_into_one_row(run, packed):
-    code, out, _ = run("inspect", packed)
+def test_repeated_layers_are_folded_into_one_row(command, packed):
+    code, out, _ = command("inspect", packed)
     assert code == 0
     row = next(line for line in out.splitlines() if "layers.0-29.up_proj.weight" in line)
     for cell in ("packed", "nf4", "5 x 67", "30"):
@@ -54,33 +39,33 @@ def test_repeated_layers_are_folded_into_one_row(run, packed):
     assert "model.safetensors sha256" in out
 
 
-def test_all_shows_every_tensor(run, packed):
-    _, out, _ = run("inspect", packed, "--all")
+def test_all_shows_every_tensor(command, packed):
+    _, out, _ = command("inspect", packed, "--all")
     assert "layers.17.up_proj.weight" in out
 
 
-def test_json_is_one_document(run, packed):
-    code, out, _ = run("inspect", packed, "--json")
+def test_json_is_one_document(command, packed):
+    code, out, _ = command("inspect", packed, "--json")
     document = json.loads(out)
     assert (code, document["format"], len(document["tensors"])) == (0, "qlora_rs", 31)
 
 
-def test_a_float_folder_and_a_single_file_work_too(run, packed):
-    code, out, _ = run("inspect", packed.parent / "source")
+def test_a_float_folder_and_a_single_file_work_too(command, packed):
+    code, out, _ = command("inspect", packed.parent / "source")
     assert code == 0
     assert "32.000 bits per weight" in " ".join(out.split())
-    assert run("inspect", packed / "model.safetensors")[0] == 0
+    assert command("inspect", packed / "model.safetensors")[0] == 0
 
 
-def test_what_is_no_checkpoint_is_exit_code_2(run, tmp_path):
+def test_what_is_no_checkpoint_is_exit_code_2(command, tmp_path):
     (tmp_path / "x.safetensors").write_bytes(b"PK\x03\x04 not")
     for path, message in ((tmp_path / "absent", "absent"), (tmp_path / "x.safetensors", "zip archive")):
-        code, out, err = run("inspect", path)
+        code, out, err = command("inspect", path)
         assert (code, out) == (2, "")
         assert message in " ".join(err.split())
 
 
-def test_help_teaches_with_an_example(run):
-    code, out, _ = run("inspect", "--help")
+def test_help_teaches_with_an_example(command):
+    code, out, _ = command("inspect", "--help")
     assert code == 0
     assert "qlora-rs inspect Llama-3.2-1B-nf4" in out

@@ -57,7 +57,7 @@ def test_wrong_use_is_exit_code_2_and_makes_nothing(
     filled = [argument.format(packed=packed_llama, adapter=llama_adapter) for argument in arguments]
     outcome = command("merge", *filled)
     assert (outcome.code, outcome.out) == (2, "")
-    assert message in " ".join(outcome.err.split())
+    assert message in outcome.err_words
     assert os.listdir(tmp_path) == ["taken"]
 
 

@@ -8,16 +8,12 @@ import signal
 import struct
 import subprocess
 import sys
-from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 import torch
 from safetensors.torch import save_file
-
-from qlora_rs import cli
 
 CONFIG = {
     "architectures": ["LlamaForCausalLM"],
@@ -30,17 +26,6 @@ CONFIG = {
     "num_key_value_heads": 2,
     "tie_word_embeddings": True,
 }
-
-
-class Outcome(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-
-def words(text: str) -> str:
-    """The text on one line: messages may be wrapped to the terminal."""
-    return " ".join(text.split())
 
 
 def shapes() -> dict[str, tuple[int, ...]]:
@@ -63,33 +48,16 @@ def source(tmp_path: Path) -> Path:
     return folder
 
 
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
-    """Run the command line in this process."""
-
-    def run(*arguments: object) -> Outcome:
-        monkeypatch.setattr(sys, "argv", ["qlora-rs", *map(str, arguments)])
-        code: object = 0
-        try:
-            code = cli.main()
-        except SystemExit as end:
-            code = end.code
-        captured = capsys.readouterr()
-        return Outcome(code if isinstance(code, int) else 0, captured.out, captured.err)
-
-    return run
-
-
-def test_results_go_to_stdout_and_messages_to_stderr(run, source, tmp_path):
-    outcome = run("quantize", source, tmp_path / "packed")
+def test_results_go_to_stdout_and_messages_to_stderr(command, source, tmp_path):
+    outcome = command("quantize", source, tmp_path / "packed")
     assert outcome.code == 0, outcome.err
     assert "packed 14 weights" in outcome.out
     assert "model.embed_tokens.weight" in outcome.out
-    assert str(tmp_path / "packed") in words(outcome.err)
+    assert str(tmp_path / "packed") in outcome.err_words
     assert sorted(os.listdir(tmp_path / "packed")) == ["config.json", "model.safetensors"]
 
 
-def test_options_reach_the_output(run, source, tmp_path):
+def test_options_reach_the_output(command, source, tmp_path):
     options = (
         "--type",
         "int8",
@@ -101,7 +69,7 @@ def test_options_reach_the_output(run, source, tmp_path):
         "--skip",
         "*.0.mlp.*",
     )
-    assert run("quantize", source, tmp_path / "packed", *options, "--jobs", 1).code == 0
+    assert command("quantize", source, tmp_path / "packed", *options, "--jobs", 1).code == 0
     config = json.loads((tmp_path / "packed" / "config.json").read_text())["quantization_config"]
     assert (config["quant_type"], config["block_size"], config["double_quant"]) == ("int8", 32, False)
     assert "model.layers.1.self_attn.v_proj" in config["modules_to_not_convert"]
@@ -109,8 +77,8 @@ def test_options_reach_the_output(run, source, tmp_path):
     assert "model.layers.1.mlp.up_proj" not in config["modules_to_not_convert"]
 
 
-def test_json_is_one_document_and_dry_run_writes_nothing(run, source, tmp_path):
-    outcome = run("quantize", source, tmp_path / "packed", "--json", "--dry-run", "--include", "embed_tokens")
+def test_json_is_one_document_and_dry_run_writes_nothing(command, source, tmp_path):
+    outcome = command("quantize", source, tmp_path / "packed", "--json", "--dry-run", "--include", "embed_tokens")
     report = json.loads(outcome.out)
     assert len(report["packed"]) == 15
     assert os.listdir(tmp_path) == ["source"]
@@ -129,45 +97,45 @@ def test_json_is_one_document_and_dry_run_writes_nothing(run, source, tmp_path):
         (["source", "packed", "--jobs", "-1"], "--jobs"),
     ],
 )
-def test_wrong_use_is_exit_code_2_with_a_message_that_helps(run, source, tmp_path, monkeypatch, arguments, message):
+def test_wrong_use_is_exit_code_2_with_a_message_that_helps(command, source, tmp_path, monkeypatch, arguments, message):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "taken").mkdir()
-    outcome = run("quantize", *arguments)
+    outcome = command("quantize", *arguments)
     assert outcome.code == 2
-    assert message in words(outcome.err)
+    assert message in outcome.err_words
     assert outcome.out == ""
     assert sorted(os.listdir(tmp_path)) == ["source", "taken"]
 
 
-def test_bad_input_is_exit_code_2_and_names_file_and_tensor(run, source, tmp_path):
+def test_bad_input_is_exit_code_2_and_names_file_and_tensor(command, source, tmp_path):
     weights = {name: torch.ones(shape) for name, shape in shapes().items()}
     weights["model.layers.1.mlp.up_proj.weight"][2, 3] = float("nan")
     save_file(weights, source / "model.safetensors")
-    outcome = run("quantize", source, tmp_path / "packed", "--json")
+    outcome = command("quantize", source, tmp_path / "packed", "--json")
     assert (outcome.code, outcome.out) == (2, "")
     for part in ("model.safetensors", "model.layers.1.mlp.up_proj.weight", "1 NaN", "index 19"):
-        assert part in words(outcome.err)
+        assert part in outcome.err_words
 
 
-def test_a_full_disk_is_exit_code_3(run, source, tmp_path, monkeypatch):
+def test_a_full_disk_is_exit_code_3(command, source, tmp_path, monkeypatch):
     import shutil
 
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=0))
-    outcome = run("quantize", source, tmp_path / "packed")
+    outcome = command("quantize", source, tmp_path / "packed")
     assert outcome.code == 3
-    assert "0 B are free" in words(outcome.err)
+    assert "0 B are free" in outcome.err_words
 
 
-def test_ctrl_c_is_exit_code_130_and_says_what_is_left(run, source, tmp_path, monkeypatch):
+def test_ctrl_c_is_exit_code_130_and_says_what_is_left(command, source, tmp_path, monkeypatch):
     @contextmanager
     def interrupting(label):
         yield lambda done, total: signal.raise_signal(signal.SIGINT)
 
     monkeypatch.setattr("qlora_rs.cli.output.progress_bytes", interrupting)
-    outcome = run("quantize", source, tmp_path / "packed")
+    outcome = command("quantize", source, tmp_path / "packed")
     assert outcome.code == 130
-    assert "packed.partial" in words(outcome.err)
+    assert "packed.partial" in outcome.err_words
     assert sorted(os.listdir(tmp_path)) == ["packed.partial", "source"]
 
 
@@ -208,13 +176,13 @@ def test_a_real_ctrl_c_ends_the_real_process(source, tmp_path):
         process.kill()
     assert process.returncode == 130, err
     assert out == ""
-    assert "packed.partial" in words(err)
+    assert "packed.partial" in " ".join(err.split())
     assert "Traceback" not in err
     assert not (tmp_path / "packed").exists()
 
 
-def test_help_teaches_with_an_example(run):
-    outcome = run("quantize", "--help")
+def test_help_teaches_with_an_example(command):
+    outcome = command("quantize", "--help")
     assert outcome.code == 0
     assert "qlora-rs quantize Llama-3.2-1B" in outcome.out
     for option in ("--type", "--block-size", "--skip", "--include", "--overwrite", "--dry-run", "--json"):

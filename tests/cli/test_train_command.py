@@ -10,65 +10,30 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
 import pytest
 import torch
 
 import qlora_rs
-from qlora_rs import cli
-from qlora_rs.train import read_log
-
-
-class Outcome(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-
-def words(text: str) -> str:
-    """The text on one line: messages may be wrapped to the terminal."""
-    return " ".join(text.split())
-
-
-def losses(output: Path) -> list[float]:
-    return [entry["loss"] for entry in read_log(output / "log.jsonl") if "loss" in entry]
-
-
-@pytest.fixture(scope="module")
-def packed(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("packed") / "tiny"
-    qlora_rs.checkpoint.quantize(tiny_llama, folder)
-    return folder
 
 
 @pytest.fixture
 def run(
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    packed: Path,
+    command: Callable[..., Any],
+    packed_llama: Path,
     write_chats: Callable[..., Path],
     tmp_path: Path,
-) -> Iterator[Callable[..., Outcome]]:
-    """Run the command line in this process and in tmp_path, where `model`, `chats.jsonl` and `adapter` lie."""
+    monkeypatch: pytest.MonkeyPatch,
+) -> Iterator[Callable[..., Any]]:
+    """Run the command in tmp_path, where `model`, `chats.jsonl` and `adapter` lie."""
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "model").symlink_to(packed)
+    (tmp_path / "model").symlink_to(packed_llama)
     write_chats()
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # matrices this small only wait for each other on more
-
-    def run(*arguments: object, data: str = "chats.jsonl") -> Outcome:
-        files = ["--model", "model", "--data", data, "--output", "adapter"]
-        monkeypatch.setattr(sys, "argv", ["qlora-rs", "train", *files, *map(str, arguments)])
-        code: object = 0
-        try:
-            code = cli.main()
-        except SystemExit as end:
-            code = end.code
-        captured = capsys.readouterr()
-        return Outcome(code if isinstance(code, int) else 0, captured.out, captured.err)
-
-    yield run
+    files = ("--model", "model", "--data", "chats.jsonl", "--output", "adapter")
+    yield lambda *arguments: command("train", *files, *arguments)
     torch.set_num_threads(threads)
 
 
@@ -76,9 +41,9 @@ def test_results_go_to_stdout_and_messages_to_stderr(run, tmp_path):
     outcome = run("--steps", 3, "--eval-fraction", 0.2)
     assert outcome.code == 0, outcome.err
     for part in ("trained 3 steps", "held-out loss", "in adapter: adapter_config.json, adapter_model.safetensors"):
-        assert part in words(outcome.out)
+        assert part in outcome.out_words
     for part in ("24 samples (24 messages)", "LoRA on 14 layers", "step 1/3 loss", "step 3/3 loss"):
-        assert part in words(outcome.err)
+        assert part in outcome.err_words
     assert sorted(os.listdir(tmp_path)) == ["adapter", "chats.jsonl", "model"]
 
 
@@ -133,14 +98,14 @@ def test_wrong_use_and_bad_input_are_exit_code_2_with_a_message_that_helps(run, 
     before = sorted(os.listdir(tmp_path))
     outcome = run(*arguments)
     assert outcome.code == 2, outcome.err
-    assert message in words(outcome.err)
+    assert message in outcome.err_words
     assert "Traceback" not in outcome.err
     assert outcome.out == ""
     assert sorted(os.listdir(tmp_path)) == before
     assert os.listdir(tmp_path / "taken") == ["notes.txt"]
 
 
-def test_overwrite_replaces_a_run_and_leaves_other_files(run, tmp_path):
+def test_overwrite_replaces_a_run_and_leaves_other_files(run, tmp_path, losses):
     assert run("--steps", 2, "--seed", 1).code == 0
     (tmp_path / "adapter" / "notes.txt").touch()
     first = losses(tmp_path / "adapter")
@@ -155,10 +120,10 @@ def test_resuming_another_run_names_the_differences(run):
     assert run("--steps", 2).code == 0
     outcome = run("--steps", 2, "--lr", 0.5, "--seed", 3, "--resume")
     assert outcome.code == 2
-    assert "--lr was 0.0002, now 0.5; --seed was 0, now 3" in words(outcome.err)
+    assert "--lr was 0.0002, now 0.5; --seed was 0, now 3" in outcome.err_words
     finished = run("--steps", 2, "--resume")
     assert finished.code == 2
-    assert "nothing left to do: 2 of 2 steps are done" in words(finished.err)
+    assert "nothing left to do: 2 of 2 steps are done" in finished.err_words
 
 
 def test_a_damaged_state_is_exit_code_2(run, tmp_path):
@@ -167,15 +132,15 @@ def test_a_damaged_state_is_exit_code_2(run, tmp_path):
     state.write_bytes(state.read_bytes()[:-100])
     outcome = run("--steps", 2, "--resume")
     assert outcome.code == 2
-    assert "training_state.safetensors: not a whole safetensors file" in words(outcome.err)
+    assert "training_state.safetensors: not a whole safetensors file" in outcome.err_words
     assert "--overwrite" in outcome.err
 
 
 def test_divergence_is_exit_code_2_and_names_the_step(run):
     outcome = run("--steps", 9, "--lr", 1e30)
     assert outcome.code == 2
-    assert "of 9: " in words(outcome.err)
-    assert "Lower --lr" in words(outcome.err)
+    assert "of 9: " in outcome.err_words
+    assert "Lower --lr" in outcome.err_words
 
 
 @pytest.mark.parametrize(
@@ -196,8 +161,8 @@ def test_a_full_disk_is_exit_code_3_and_names_the_file_and_the_last_good_ones_st
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert outcome.code == 3, outcome.err
-    assert f"error: adapter/{file}" in words(outcome.err)
-    assert "File too large" in words(outcome.err)
+    assert f"error: adapter/{file}" in outcome.err_words
+    assert "File too large" in outcome.err_words
     assert "Traceback" not in outcome.err
     assert not [name for name in os.listdir(output) if name.endswith(".partial")]
     qlora_rs.adapters.read_adapter(output)
@@ -208,7 +173,7 @@ def test_a_full_disk_is_exit_code_3_and_names_the_file_and_the_last_good_ones_st
 def test_help_teaches_with_an_example(run):
     outcome = run("--help")
     assert outcome.code == 0
-    assert "qlora-rs train --model Llama-3.2-1B-nf4" in words(outcome.out)
+    assert "qlora-rs train --model Llama-3.2-1B-nf4" in outcome.out_words
     for option in ("--lr", "--steps", "--epochs", "--grad-accum", "--eval-fraction", "--resume", "--overwrite"):
         assert option in outcome.out
 
@@ -222,7 +187,7 @@ def test_ctrl_c_while_the_model_is_loaded_ends_without_a_trace(run, tmp_path, mo
     assert not (tmp_path / "adapter").exists()
 
 
-def test_a_real_ctrl_c_saves_and_resume_gives_the_same_bits(run, tmp_path):
+def test_a_real_ctrl_c_saves_and_resume_gives_the_same_bits(run, tmp_path, losses):
     settings = ("--epochs", "6", "--batch-size", "2", "--lora-dropout", "0.1", "--lr", "0.01", "--r", "4")
     files = ("--model", "model", "--data", "chats.jsonl", "--output", "stopped")
     process = subprocess.Popen(
@@ -246,7 +211,7 @@ def test_a_real_ctrl_c_saves_and_resume_gives_the_same_bits(run, tmp_path):
     assert process.returncode == 130, seen + err
     assert out == ""
     assert "Traceback" not in err
-    assert "of 72, which is saved in stopped: the same command with --resume goes on" in words(err)
+    assert "of 72, which is saved in stopped: the same command with --resume goes on" in " ".join(err.split())
     done = len(losses(tmp_path / "stopped"))
     assert 6 <= done < 72
     assert run(*settings).code == 0

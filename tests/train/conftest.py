@@ -1,4 +1,4 @@
-"""What the tests of training share: a packed tiny model, one thread, and a short way to run."""
+"""What the tests of training share: a packed tiny model, one thread, a short way to run, and what a run wrote."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import qlora_rs
-from qlora_rs.train import TrainOptions, TrainReport, train
+from qlora_rs.train import TrainOptions, TrainReport, read_log, train
 from qlora_rs.train.encoding import load_tokenizer
 
 
@@ -65,3 +65,35 @@ def fine_tune(packed: Path, write_chats: Callable[..., Path], tmp_path: Path) ->
         return train(options, on_step=on_step, on_message=on_message)
 
     return run
+
+
+@pytest.fixture
+def everything() -> dict[str, Any]:
+    """Options of a run with all that has a state.
+
+    Held-out samples, updates from several batches, a last step that is smaller, dropout.
+    """
+    return {
+        "epochs": 2,
+        "batch_size": 2,
+        "grad_accum": 2,
+        "lora_dropout": 0.2,
+        "eval_fraction": 0.2,
+        "eval_every": 2,
+    }
+
+
+@pytest.fixture(scope="session")
+def held_out_losses() -> Callable[[Path], list[tuple[int, float]]]:
+    """Steps and held-out losses of a run, read from its output folder."""
+
+    def read(output: Path) -> list[tuple[int, float]]:
+        return [(entry["step"], entry["eval_loss"]) for entry in read_log(output / "log.jsonl") if "eval_loss" in entry]
+
+    return read
+
+
+@pytest.fixture(scope="session")
+def adapter_bytes() -> Callable[[Path], bytes]:
+    """The file of an adapter folder that holds its weights."""
+    return lambda output: (output / "adapter_model.safetensors").read_bytes()

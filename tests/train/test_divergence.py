@@ -2,21 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from qlora_rs.train import DivergedError, evaluation, loop, read_log
-
-
-def losses(output: Path) -> list[float]:
-    return [entry["loss"] for entry in read_log(output / "log.jsonl") if "loss" in entry]
-
-
-def adapter(output: Path) -> bytes:
-    return (output / "adapter_model.safetensors").read_bytes()
+from qlora_rs.train import DivergedError, evaluation, loop
 
 
 def test_an_absurd_rate_ends_the_run_and_names_the_step(fine_tune, tmp_path):
@@ -25,7 +16,7 @@ def test_an_absurd_rate_ends_the_run_and_names_the_step(fine_tune, tmp_path):
     assert sorted(path.name for path in (tmp_path / "adapter").iterdir()) == ["log.jsonl"]
 
 
-def test_the_adapter_saved_last_is_kept(fine_tune, tmp_path, monkeypatch):
+def test_the_adapter_saved_last_is_kept(fine_tune, tmp_path, monkeypatch, losses, adapter_bytes):
     real, calls = loop.loss_sum, []
 
     def poisoned(model: Any, batch: Any) -> torch.Tensor:
@@ -39,7 +30,7 @@ def test_the_adapter_saved_last_is_kept(fine_tune, tmp_path, monkeypatch):
     assert losses(tmp_path / "adapter") == losses(tmp_path / "short")[:3]
     monkeypatch.setattr(loop, "loss_sum", real)
     fine_tune(steps=6, save_every=2, resume=True)
-    assert adapter(tmp_path / "adapter") == adapter(tmp_path / "short")
+    assert adapter_bytes(tmp_path / "adapter") == adapter_bytes(tmp_path / "short")
 
 
 def test_a_gradient_that_is_not_finite_ends_it_before_the_update(fine_tune, monkeypatch):

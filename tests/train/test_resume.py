@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,28 +10,6 @@ import torch
 from qlora_rs.errors import UnsupportedError
 from qlora_rs.train import loop, read_log
 from qlora_rs.train.state import read_state
-
-# Held-out samples, an update from several batches, a last step that is smaller, dropout: all that has a state.
-EVERYTHING: dict[str, Any] = {
-    "epochs": 2,
-    "batch_size": 2,
-    "grad_accum": 2,
-    "lora_dropout": 0.2,
-    "eval_fraction": 0.2,
-    "eval_every": 2,
-}
-
-
-def losses(output: Path) -> list[float]:
-    return [entry["loss"] for entry in read_log(output / "log.jsonl") if "loss" in entry]
-
-
-def held_out_losses(output: Path) -> list[tuple[int, float]]:
-    return [(entry["step"], entry["eval_loss"]) for entry in read_log(output / "log.jsonl") if "eval_loss" in entry]
-
-
-def adapter(output: Path) -> bytes:
-    return (output / "adapter_model.safetensors").read_bytes()
 
 
 def interrupt_now() -> None:
@@ -45,8 +22,10 @@ def _no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("stop", [0, 1, 3, 9])
-def test_it_gives_the_same_losses_and_the_same_adapter(fine_tune, tmp_path, stop):
-    fine_tune("whole", save_every=2, **EVERYTHING)
+def test_it_gives_the_same_losses_and_the_same_adapter(
+    fine_tune, tmp_path, stop, losses, held_out_losses, adapter_bytes, everything
+):
+    fine_tune("whole", save_every=2, **everything)
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
 
     def interrupt(entry: Any, total: int) -> None:
@@ -57,12 +36,12 @@ def test_it_gives_the_same_losses_and_the_same_adapter(fine_tune, tmp_path, stop
         if stop == 0:
             patch.setattr(loop.Trainer, "_advance", lambda self, log: interrupt_now())
         with pytest.raises(KeyboardInterrupt, match=rf"interrupted after step {stop} of 10.*--resume"):
-            fine_tune("stopped", save_every=2, on_step=interrupt, **EVERYTHING)
+            fine_tune("stopped", save_every=2, on_step=interrupt, **everything)
     assert len(losses(stopped)) == stop
-    report = fine_tune("stopped", save_every=0, resume=True, **EVERYTHING)
+    report = fine_tune("stopped", save_every=0, resume=True, **everything)
     assert losses(stopped) == losses(whole)
     assert held_out_losses(stopped) == held_out_losses(whole)
-    assert adapter(stopped) == adapter(whole)
+    assert adapter_bytes(stopped) == adapter_bytes(whole)
     entries = read_log(stopped / "log.jsonl")
     assert [entry["step"] for entry in entries if "loss" in entry] == list(range(1, report.steps + 1))
     assert (report.resumed_at, report.steps) == (stop, 10)
@@ -71,32 +50,32 @@ def test_it_gives_the_same_losses_and_the_same_adapter(fine_tune, tmp_path, stop
     assert all(torch.equal(tensor, states[1][name]) for name, tensor in states[0].items())
 
 
-def test_steps_after_the_last_save_are_done_again(fine_tune, tmp_path):
+def test_steps_after_the_last_save_are_done_again(fine_tune, tmp_path, losses, adapter_bytes, everything):
     """As after a crash or a power cut, where nothing could be saved at the end."""
-    fine_tune("whole", **EVERYTHING)
+    fine_tune("whole", **everything)
 
     def crash(entry: Any, total: int) -> None:
         if entry.step == 5:
             raise RuntimeError("crash")
 
     with pytest.raises(RuntimeError, match="crash"):
-        fine_tune("crashed", save_every=3, on_step=crash, **EVERYTHING)
+        fine_tune("crashed", save_every=3, on_step=crash, **everything)
     assert len(losses(tmp_path / "crashed")) == 5
-    report = fine_tune("crashed", save_every=3, resume=True, **EVERYTHING)
+    report = fine_tune("crashed", save_every=3, resume=True, **everything)
     assert report.resumed_at == 3
     assert losses(tmp_path / "crashed") == losses(tmp_path / "whole")
-    assert adapter(tmp_path / "crashed") == adapter(tmp_path / "whole")
+    assert adapter_bytes(tmp_path / "crashed") == adapter_bytes(tmp_path / "whole")
 
 
-def test_it_can_stop_after_every_step(fine_tune, tmp_path):
-    fine_tune("whole", **EVERYTHING)
+def test_it_can_stop_after_every_step(fine_tune, tmp_path, losses, everything):
+    fine_tune("whole", **everything)
 
     def interrupt(entry: Any, total: int) -> None:
         raise KeyboardInterrupt
 
     for number in range(3):
         with pytest.raises(KeyboardInterrupt):
-            fine_tune("stopped", resume=number > 0, on_step=interrupt, **EVERYTHING)
+            fine_tune("stopped", resume=number > 0, on_step=interrupt, **everything)
     assert losses(tmp_path / "stopped") == losses(tmp_path / "whole")[:3]
 
 
@@ -131,7 +110,7 @@ def test_other_data_and_another_model_are_refused(fine_tune, tmp_path, write_cha
         fine_tune(steps=2, model=other, resume=True)
 
 
-def test_what_does_not_change_the_numbers_may_change(fine_tune, tmp_path):
+def test_what_does_not_change_the_numbers_may_change(fine_tune, tmp_path, losses):
     def interrupt(entry: Any, total: int) -> None:
         raise KeyboardInterrupt
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import warnings
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,27 +19,6 @@ from qlora_rs.train.records import read_records
 from qlora_rs.train.schedule import learning_rate
 
 FILES = ["adapter_config.json", "adapter_model.safetensors", "log.jsonl", "loss.png", "training_state.safetensors"]
-# Held-out samples, an update from several batches, a last step that is smaller, dropout: all that has a state.
-EVERYTHING: dict[str, Any] = {
-    "epochs": 2,
-    "batch_size": 2,
-    "grad_accum": 2,
-    "lora_dropout": 0.2,
-    "eval_fraction": 0.2,
-    "eval_every": 2,
-}
-
-
-def losses(output: Path) -> list[float]:
-    return [entry["loss"] for entry in read_log(output / "log.jsonl") if "loss" in entry]
-
-
-def held_out_losses(output: Path) -> list[tuple[int, float]]:
-    return [(entry["step"], entry["eval_loss"]) for entry in read_log(output / "log.jsonl") if "eval_loss" in entry]
-
-
-def adapter(output: Path) -> bytes:
-    return (output / "adapter_model.safetensors").read_bytes()
 
 
 def test_the_loss_falls_and_the_adapter_that_is_written_has_it(fine_tune, packed, tokenizer, tmp_path):
@@ -67,7 +45,7 @@ def test_what_is_written_is_listed_and_nothing_else_is_left(fine_tune, tmp_path)
     assert (config["r"], config["lora_alpha"], config["task_type"]) == (4, 32, "CAUSAL_LM")
 
 
-def test_the_log_has_a_line_per_step_with_the_rate_of_the_schedule(fine_tune, tmp_path):
+def test_the_log_has_a_line_per_step_with_the_rate_of_the_schedule(fine_tune, tmp_path, held_out_losses):
     seen = []
     report = fine_tune(steps=5, warmup=2, eval_fraction=0.2, eval_every=2, on_step=lambda *values: seen.append(values))
     entries = read_log(tmp_path / "adapter" / "log.jsonl")
@@ -87,7 +65,7 @@ def test_epochs_see_every_sample(fine_tune):
     assert (one.steps, one.epochs) == (5, 1.0)
 
 
-def test_accumulated_batches_equal_one_large_batch(fine_tune, tmp_path):
+def test_accumulated_batches_equal_one_large_batch(fine_tune, tmp_path, losses):
     fine_tune("large", steps=4, batch_size=6)
     fine_tune("split", steps=4, batch_size=2, grad_accum=3)
     fine_tune("fewer", steps=4, batch_size=2)
@@ -95,7 +73,7 @@ def test_accumulated_batches_equal_one_large_batch(fine_tune, tmp_path):
     assert abs(losses(tmp_path / "fewer")[0] - losses(tmp_path / "large")[0]) > 1e-3
 
 
-def test_the_mean_is_over_tokens_not_over_batches(fine_tune, tmp_path, write_lines):
+def test_the_mean_is_over_tokens_not_over_batches(fine_tune, tmp_path, write_lines, losses):
     # Answers of very different lengths: a mean of means would give each the same weight.
     turns = [("a", "b" * 200), ("a", "c")]
     data = write_lines(
@@ -106,14 +84,16 @@ def test_the_mean_is_over_tokens_not_over_batches(fine_tune, tmp_path, write_lin
     torch.testing.assert_close(losses(tmp_path / "split"), losses(tmp_path / "large"), rtol=1e-5, atol=0)
 
 
-def test_the_same_seed_gives_the_same_bits_and_another_does_not(fine_tune, tmp_path):
+def test_the_same_seed_gives_the_same_bits_and_another_does_not(
+    fine_tune, tmp_path, losses, held_out_losses, adapter_bytes, everything
+):
     for output, seed in (("one", 5), ("two", 5), ("other", 6)):
         torch.manual_seed(hash(output) % 1000)  # what the caller drew before plays no part
-        fine_tune(output, seed=seed, **EVERYTHING)
+        fine_tune(output, seed=seed, **everything)
     one, two, other = (tmp_path / name for name in ("one", "two", "other"))
     assert losses(one) == losses(two)
     assert held_out_losses(one) == held_out_losses(two)
-    assert adapter(one) == adapter(two)
+    assert adapter_bytes(one) == adapter_bytes(two)
     assert losses(one) != losses(other)
 
 
@@ -128,7 +108,7 @@ def test_the_callers_random_state_stays_as_it_is(fine_tune):
     [{"lora_dropout": 0.3}, {"max_grad_norm": 0.001}, {"weight_decay": 0.5}, {"use_rslora": True}, {"lora_alpha": 8}],
     ids=lambda change: next(iter(change)),
 )
-def test_every_setting_of_the_update_reaches_it(fine_tune, tmp_path, change):
+def test_every_setting_of_the_update_reaches_it(fine_tune, tmp_path, change, losses):
     fine_tune("plain", steps=3)
     fine_tune("changed", steps=3, **change)
     assert losses(tmp_path / "plain") != losses(tmp_path / "changed")
@@ -159,7 +139,7 @@ def test_adapters_go_only_where_they_are_wanted(fine_tune):
         fine_tune("wrong", steps=1, target_modules=("q_porj",))
 
 
-def test_gradient_checkpointing_gives_the_same_losses_without_a_warning(fine_tune, tmp_path):
+def test_gradient_checkpointing_gives_the_same_losses_without_a_warning(fine_tune, tmp_path, losses):
     settings = {"steps": 3, "lora_dropout": 0.2}
     fine_tune("kept", **settings)
     with warnings.catch_warnings():
@@ -180,7 +160,7 @@ def test_gradient_checkpointing_computes_layers_twice(fine_tune, monkeypatch):
     assert len(calls) == 2 + 4
 
 
-def test_a_16_bit_model_is_quantized_on_the_way_in_and_gives_the_same(fine_tune, tiny_llama, tmp_path):
+def test_a_16_bit_model_is_quantized_on_the_way_in_and_gives_the_same(fine_tune, tiny_llama, tmp_path, losses):
     told: list[str] = []
     fine_tune("packed", steps=2)
     fine_tune("float", steps=2, model=tiny_llama, on_message=told.append)

@@ -79,17 +79,19 @@ def main() -> None:
     command("generate", shown(nested), "--prompt", PROMPT, "--adapter", shown(adapter))
     if after >= before:
         raise SystemExit("the loss on held-out chats did not fall: something is wrong")
-    closing(nested, adapter, time.monotonic() - started)
+    closing(nf4, nested, adapter, time.monotonic() - started)
 
 
 def measure(source: Path, nf4: Path, nested: Path) -> Any:
     """Print the table; return the doubly quantized model."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
 
     import qlora_rs
     from qlora_rs.eval.perplexity import perplexity
 
+    logging.disable_progress_bar()  # it would break the table
     tokenizer = AutoTokenizer.from_pretrained(source)
     text = BROWN.read_text(encoding="utf-8")[: 8 * TOKENS]
     tokens = torch.tensor(tokenizer(text).input_ids[:TOKENS])
@@ -107,14 +109,15 @@ def measure(source: Path, nf4: Path, nested: Path) -> Any:
     return model
 
 
-def closing(nested: Path, adapter: Path, seconds: float) -> None:
+def closing(nf4: Path, nested: Path, adapter: Path, seconds: float) -> None:
     """Say where everything is and what to try."""
     heading(f"Done in {seconds / 60:.1f} minutes. What there is now")
-    say(f"{shown(nested) + '/':32}the packed model")
+    say(f"{shown(nested) + '/':48}the packed model")
+    say(f"{shown(nf4) + '/':48}the same without double quantization")
     for file in sorted(adapter.iterdir()):
         note = {
             "adapter_config.json": "the adapter, in PEFT's two files",
-            "adapter_model.safetensors": "",
+            "adapter_model.safetensors": "... with its weights",
             "training_state.safetensors": "what `train --resume` goes on from",
         }.get(file.name, {".jsonl": "a line per step", ".png": "the loss curve"}.get(file.suffix, ""))
         say(f"{shown(file) + ('/' if file.is_dir() else ''):48}{note}")
@@ -130,7 +133,7 @@ To go on, `source .venv/bin/activate`, and:
   qlora-rs generate {shown(nested)} --adapter {shown(adapter)} --prompt "Do you like music?"
   qlora-rs merge {shown(nested)} {shown(adapter)} demo-output/merged   # a plain 16-bit model again
   qlora-rs quantize --help                                       # other types, block sizes, layers to leave
-  python examples/train_loop.py                                  # the same fine-tune in forty lines"""
+  python examples/train_loop.py                                  # a loop of your own, in forty lines"""
     )
 
 

@@ -172,7 +172,7 @@ class AttachReport:
             shown = ", ".join(f"{name} ({reason})" for name, reason in self.skipped[:3])
             more = f" and {len(self.skipped) - 3} more" if len(self.skipped) > 3 else ""
             layers = "Linear layer" if len(self.skipped) == 1 else "Linear layers"
-            text += f"; {len(self.skipped)} {layers} left as they are: {shown}{more}"
+            text += f"; {len(self.skipped)} {layers} left: {shown}{more}"
         return text
 
 

@@ -42,7 +42,7 @@ def test_results_go_to_stdout_and_messages_to_stderr(run, tmp_path):
     assert outcome.code == 0, outcome.err
     for part in ("trained 3 steps", "held-out loss", "in adapter: adapter_config.json, adapter_model.safetensors"):
         assert part in outcome.out_words
-    for part in ("24 samples (24 messages)", "LoRA on 14 layers", "step 1/3 loss", "step 3/3 loss"):
+    for part in ("24 samples (24 as messages)", "LoRA on 14 layers", "step 1/3 loss", "step 3/3 loss"):
         assert part in outcome.err_words
     assert sorted(os.listdir(tmp_path)) == ["adapter", "chats.jsonl", "model"]
 

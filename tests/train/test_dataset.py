@@ -71,7 +71,7 @@ def test_what_is_cut_and_dropped_is_counted_and_told(write_lines, tokenizer):
 def test_forms_and_unused_keys_are_told(write_lines, tokenizer):
     path = write_lines({**chat("Hi", "Yes"), "source": "me"}, {"text": "Once"})
     text = str(dataset(path, tokenizer).report)
-    assert "2 samples (1 messages, 1 text); 2 to train on" in text
+    assert "2 samples (1 as messages, 1 as text); 2 to train on" in text
     assert "keys that are not used: 'source' (1)" in text
 
 

@@ -172,7 +172,7 @@ def test_people_are_told_about_data_layers_and_held_out_losses(fine_tune):
     told: list[str] = []
     report: TrainReport = fine_tune(steps=2, eval_fraction=0.2, on_message=told.append)
     text = "\n".join(told)
-    for part in ("24 samples (24 messages)", "5 held out", "LoRA on 14 layers", "held-out loss after step 0: "):
+    for part in ("24 samples (24 as messages)", "5 held out", "LoRA on 14 layers", "held-out loss after step 0: "):
         assert part in text
     assert "trained 2 steps" in str(report)
     assert f"{report.eval_loss_before:.4f} -> {report.eval_loss_after:.4f} (before and after, 5 samples)" in str(report)

@@ -54,7 +54,7 @@ class DataReport:
 
     def __str__(self) -> str:
         """A line, and one more for each thing that was lost or not used."""
-        forms = ", ".join(f"{count:,} {form}" for form, count in self.forms.items())
+        forms = ", ".join(f"{count:,} as {form}" for form, count in self.forms.items())
         held_out = f", {self.held_out:,} held out" if self.held_out else ""
         unread = f", {self.unread:,} not needed for these steps" if self.unread else ""
         lines = [

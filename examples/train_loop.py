@@ -1,6 +1,9 @@
 """Fine-tune a packed model through LoRA in a loop of your own: run `make demo` once, then this file.
 
-python examples/train_loop.py
+    python examples/train_loop.py
+
+To stay short it cuts chats to one length, and the loss counts every token: the template's and the user's turns
+too. `qlora-rs train` counts the assistant's alone, so the two print different losses.
 """
 
 import json

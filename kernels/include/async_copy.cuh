@@ -1,0 +1,26 @@
+// Copies of 16 bytes from global to shared memory that pass no register (cp.async, sm_80 and later).
+#pragma once
+
+#include <stdint.h>
+
+__device__ __forceinline__ uint32_t shared_address(const void* pointer) {
+    return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
+}
+
+// Both addresses are multiples of 16. The line's other half is brought into the L2: neighbours ask for it next.
+__device__ __forceinline__ void copy_16(uint32_t shared, const void* global) {
+    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(shared), "l"(global) : "memory");
+}
+
+// The same, or 16 zeros where `wanted` is false, without a branch. `global` is a valid address either way.
+__device__ __forceinline__ void copy_16_or_zeros(uint32_t shared, const void* global, bool wanted) {
+    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(shared), "l"(global), "r"(wanted ? 16 : 0)
+                 : "memory");
+}
+
+__device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+// Waits until at most PENDING of this thread's latest groups are still on the way.
+template <int PENDING> __device__ __forceinline__ void wait_copies() {
+    asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
+}

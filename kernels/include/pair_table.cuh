@@ -1,0 +1,81 @@
+// A byte of two 4-bit codes -> two 16-bit codebook entries by one lookup in shared memory.
+//
+// The table of 256 pairs lies there 32 times, copy j in bank j: lane j reads its own copy, so lookups never collide.
+#pragma once
+
+#include <stdint.h>
+
+#include "mma.cuh"
+
+struct Codebook {
+    float values[16];
+};
+
+constexpr int PAIR_TABLE_BYTES = 256 * 32 * 4;
+
+// Every thread of the CTA calls this before the first lookup, and a barrier follows. Entries are rounded to T: 2^-9 of a
+// weight for bfloat16, 2^-12 for float16.
+template <typename T, int THREADS>
+__device__ __forceinline__ void write_pair_table(char* table, const Codebook& codebook) {
+    constexpr int SHARERS = THREADS / 256;  // threads that write one entry's eight 16-byte pieces
+    static_assert(SHARERS == 1 || SHARERS == 2, "one or two threads an entry");
+    const int byte = threadIdx.x % 256;
+    const uint32_t pair = pack_pair<T>(codebook.values[byte >> 4], codebook.values[byte & 15]);
+    uint4* entry = reinterpret_cast<uint4*>(table + byte * 128);
+#pragma unroll
+    for (int i = 0; i < 8 / SHARERS; i++) {
+        // Lanes start at different pieces, because entries are 128 bytes apart.
+        const int piece = (i + threadIdx.x / 256 * 4 + byte) & 7;
+        entry[piece] = make_uint4(pair, pair, pair, pair);
+    }
+}
+
+struct PairTable {
+    const char* entries;  // of bank 0
+    uint32_t lane;        // 4 * lane: this lane's copy
+
+    __device__ __forceinline__ explicit PairTable(const char* table) : entries(table), lane(threadIdx.x % 32 * 4) {
+        asm("" : "+r"(lane));  // hides that it is a masked value, which would cost each lookup a second logic operation
+    }
+
+    // The pair of byte `INDEX` (0..3) of a word of codes; its first element is the byte's high nibble.
+    template <int INDEX> __device__ __forceinline__ uint32_t lookup(uint32_t codes) const {
+        constexpr int SHIFT = 8 * INDEX - 7;  // brings the byte to bit 7: entries are 128 bytes apart
+        const uint32_t offset = (SHIFT < 0 ? codes << 7 : codes >> (SHIFT < 0 ? 0 : SHIFT)) & 0x7f80u;
+        return *reinterpret_cast<const uint32_t*>(entries + (offset | lane));
+    }
+
+    __device__ __forceinline__ void decode(uint32_t codes, uint32_t (&pairs)[8], int first) const {
+        pairs[first + 0] = lookup<0>(codes);
+        pairs[first + 1] = lookup<1>(codes);
+        pairs[first + 2] = lookup<2>(codes);
+        pairs[first + 3] = lookup<3>(codes);
+    }
+};
+
+// The same for float32 pairs, 16 copies: lanes j and j + 16 read copy j, in two passes.
+template <int THREADS> __device__ __forceinline__ void write_float_pair_table(char* table, const Codebook& codebook) {
+    static_assert(THREADS == 256, "a thread an entry");
+    const float even = codebook.values[threadIdx.x >> 4], odd = codebook.values[threadIdx.x & 15];
+    float4* entry = reinterpret_cast<float4*>(table + threadIdx.x * 128);
+#pragma unroll
+    for (int i = 0; i < 8; i++) entry[(i + threadIdx.x) & 7] = make_float4(even, odd, even, odd);
+}
+
+struct FloatPairTable {
+    const char* entries;
+    uint32_t lane;      // 8 * (lane % 16): this lane's copy
+    uint32_t selector;  // picks byte lane % 4 of a word
+
+    __device__ __forceinline__ explicit FloatPairTable(const char* table)
+        : entries(table), lane(threadIdx.x % 16 * 8), selector(0x4440u + threadIdx.x % 4) {
+        asm("" : "+r"(lane));  // as above
+    }
+
+    // The two weights of byte lane % 4 of a word of codes, rounded to T once, as dequantize does.
+    template <typename T> __device__ __forceinline__ uint32_t scaled_pair(uint32_t codes, float scale) const {
+        const uint32_t byte = __byte_perm(codes, 0, selector);
+        const float2 pair = *reinterpret_cast<const float2*>(entries + (byte * 128 + lane));
+        return pack_pair<T>(__fmul_rn(pair.x, scale), __fmul_rn(pair.y, scale));
+    }
+};

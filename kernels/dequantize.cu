@@ -1,4 +1,4 @@
-// arch: compute_75
+// arch: compute_75 compute_80
 // Dequantize: out = T(table[code] * absmax), one float32 product, one rounding; bytes equal to the CPU's.
 //
 // Layout: codes (experts, rows, ceil(columns / 2)) u8, even element in the high nibble, or (experts, rows, columns) u8;
@@ -9,7 +9,7 @@
 //   collide. Grid: x strides over the words of an expert, y is the expert.
 // `dequantize_rows_*`: any columns and byte codes; a thread takes one byte of codes.
 // Bytes moved: a byte of codes and 4 of bfloat16 for two weights, and the scales: 2.56 a weight. Called by
-// rust/cuda/src/dequantize.rs. Codes outside a short table decode to NaN (the launcher pads the table so).
+// rust/cuda/src/dequantize.rs. compute_80 has an instruction that rounds to bfloat16. Codes outside a short table decode to NaN (the launcher pads the table so).
 
 #include "floats.cuh"
 #include "scales.cuh"

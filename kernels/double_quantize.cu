@@ -1,11 +1,11 @@
-// arch: compute_75
+// arch: compute_75 compute_80
 // Double quantization of the scales: offset = their mean, codes of (absmax - offset) in blocks of 256; bytes equal to the
 // CPU's (rust/core/src/double_quant.rs).
 //
 // The mean is a float64 sum over a fixed tree (scale_tree.cuh). A scale that is not finite counts as absent from the mean
 // and makes its group's scale NaN. Two small launches, each over all experts (grid y): `sums`, a warp a run of 256 scales
 // (left out where quantize.cu did it), and `codes`, in which every CTA finishes the tree for itself, which is quicker
-// than a launch between, and then a warp takes a group. Scratch: float64 sums and int32 counts, [experts, runs].
+// than a launch between, and then its warps stride over groups. Scratch: float64 sums and int32 counts, [experts, runs].
 // Bytes moved: 8 a scale in all, an eighth a weight. Called by rust/cuda/src/double_quantize.rs.
 
 #include <stdint.h>
@@ -13,14 +13,14 @@
 #include "scale_tree.cuh"
 
 constexpr int WARPS = 16;
-constexpr unsigned FULL_WARP = 0xffffffffu;
 constexpr float SUBNORMAL_BELOW = 1.17549435e-38f;
 constexpr float LIFT = 18446744073709551616.f;
 constexpr uint8_t ZERO_CODE = 127;
 
-// thresholds[i] is the largest float32 that still belongs to entry i; the last is infinity.
-struct Thresholds {
-    float values[256];
+// The largest float32 that still belongs to each entry of the map but the last, as a search tree: the children of node i,
+// from 1 on, are 2 i and 2 i + 1. Level by level they lie side by side, so that lanes seldom meet in a bank.
+struct ThresholdTree {
+    float nodes[256];
 };
 
 extern "C" __global__ void __launch_bounds__(WARPS * 32)
@@ -50,16 +50,22 @@ __device__ __forceinline__ float finish_mean(const double* __restrict__ sums, co
     __syncthreads();
     unsigned long long count = 0;
     for (int64_t i = threadIdx.x; i < runs; i += blockDim.x) count += counts[i];
-    for (int other = 16; other > 0; other >>= 1) count += __shfl_xor_sync(FULL_WARP, count, other);
+    for (int other = 16; other > 0; other >>= 1) count += __shfl_xor_sync(WHOLE_WARP, count, other);
     if (lane == 0) atomicAdd(&finite, count);
     const double* level = sums;
     double* next = upper;
     for (int64_t left = runs; left > 1;) {
         const int64_t above = (left + RUN - 1) / RUN;
         for (int64_t run = warp; run < above; run += WARPS) {
-            for (int i = lane; i < RUN; i += 32) staged[warp][i] = run * RUN + i < left ? level[run * RUN + i] : 0.0;
+            double values[RUN / 32];
+#pragma unroll
+            for (int i = 0; i < RUN / 32; i++) {
+                const int64_t at = run * RUN + i * 32 + lane;
+                values[i] = staged[warp][i * 32 + lane] = at < left ? level[at] : 0.0;
+            }
             __syncwarp();
-            if (lane == 0) next[run] = sum_in_order(staged[warp]);
+            const double sum = sum_of_run(values, staged[warp]);
+            if (lane == 0) next[run] = sum;
             __syncwarp();
         }
         __syncthreads();
@@ -71,50 +77,62 @@ __device__ __forceinline__ float finish_mean(const double* __restrict__ sums, co
     return finite > 0 ? static_cast<float>(level[0] / static_cast<double>(finite)) : 0.f;
 }
 
+// The scales of a group, a lane every 32nd; zeros beyond the last.
+__device__ __forceinline__ void load_group(const float* __restrict__ absmax, int64_t blocks, int64_t group,
+                                           float (&values)[RUN / 32]) {
+#pragma unroll
+    for (int i = 0; i < RUN / 32; i++) {
+        const int64_t at = group * RUN + i * 32 + threadIdx.x % 32;
+        values[i] = at < blocks ? absmax[at] : 0.f;
+    }
+}
+
 extern "C" __global__ void __launch_bounds__(WARPS * 32)
     double_quantize_codes(const float* __restrict__ absmax, const double* __restrict__ sums,
                           const int* __restrict__ counts, uint8_t* __restrict__ codes,
                           float* __restrict__ group_scale, float* __restrict__ offset, int64_t blocks,
-                          int64_t upper_size, Thresholds thresholds) {
+                          int64_t upper_size, ThresholdTree thresholds) {
     extern __shared__ double upper[];
     __shared__ float bounds[256];
-    for (int i = threadIdx.x; i < 256; i += blockDim.x) bounds[i] = thresholds.values[i];
-    const int64_t runs = (blocks + RUN - 1) / RUN;
-    const float centre =
-        finish_mean(sums + blockIdx.y * runs, counts + blockIdx.y * runs, runs, upper, upper_size);
-    if (blockIdx.x == 0 && threadIdx.x == 0) offset[blockIdx.y] = centre;
+    for (int i = threadIdx.x; i < 256; i += blockDim.x) bounds[i] = thresholds.nodes[i];
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    const int64_t group = static_cast<int64_t>(blockIdx.x) * WARPS + warp;
-    if (group >= runs) return;
-    absmax += blockIdx.y * blocks + group * RUN;
-    codes += blockIdx.y * blocks + group * RUN;
-    const int size = static_cast<int>(min(blocks - group * RUN, static_cast<int64_t>(RUN)));
-
-    float centred[RUN / 32];
-    uint32_t top = 0;
-    bool finite = true;
+    const int64_t runs = (blocks + RUN - 1) / RUN;
+    absmax += blockIdx.y * blocks;
+    codes += blockIdx.y * blocks;
+    group_scale += blockIdx.y * runs;
+    const int64_t first = static_cast<int64_t>(blockIdx.x) * WARPS + warp;
+    const int64_t step = static_cast<int64_t>(gridDim.x) * WARPS;
+    // The first group is on the way while the mean is made.
+    float values[RUN / 32];
+    load_group(absmax, blocks, first, values);
+    const float centre = finish_mean(sums + blockIdx.y * runs, counts + blockIdx.y * runs, runs, upper, upper_size);
+    if (blockIdx.x == 0 && threadIdx.x == 0) offset[blockIdx.y] = centre;
+    for (int64_t group = first; group < runs; group += step) {
+        if (group != first) load_group(absmax, blocks, group, values);
+        const int size = static_cast<int>(min(blocks - group * RUN, static_cast<int64_t>(RUN)));
+        float centred[RUN / 32];
+        uint32_t top = 0;
+        bool finite = true;
 #pragma unroll
-    for (int i = 0; i < RUN / 32; i++) {
-        const int at = i * 32 + lane;
-        const float value = at < size ? absmax[at] : 0.f;
-        finite &= is_finite(value);
-        centred[i] = at < size ? __fsub_rn(value, centre) : 0.f;
-        top = max(top, magnitude(centred[i]));
+        for (int i = 0; i < RUN / 32; i++) {
+            finite &= is_finite(values[i]);
+            centred[i] = i * 32 + lane < size ? __fsub_rn(values[i], centre) : 0.f;
+            top = max(top, magnitude(centred[i]));
+        }
+        top = warp_max(static_cast<int>(top));  // a magnitude has no sign bit
+        finite = __all_sync(WHOLE_WARP, finite);
+        const float scale = __uint_as_float(top);
+        const float lift = scale < SUBNORMAL_BELOW ? LIFT : 1.f;
+        const float inverse = __frcp_rn(__fmul_rn(scale, lift));
+#pragma unroll
+        for (int i = 0; i < RUN / 32; i++) {
+            const int at = i * 32 + lane;
+            const float x = __fmul_rn(__fmul_rn(centred[i], lift), inverse);
+            int node = 1;
+#pragma unroll
+            for (int level = 0; level < 8; level++) node = 2 * node + (x > bounds[node]);
+            if (at < size) codes[group * RUN + at] = finite && top != 0 ? static_cast<uint8_t>(node - 256) : ZERO_CODE;
+        }
+        if (lane == 0) group_scale[group] = finite ? scale : canonical_nan<float>();
     }
-    for (int other = 16; other > 0; other >>= 1) top = max(top, __shfl_xor_sync(FULL_WARP, top, other));
-    finite = __all_sync(FULL_WARP, finite);
-    const float scale = __uint_as_float(top);
-    const float lift = scale < SUBNORMAL_BELOW ? LIFT : 1.f;
-    const float inverse = __frcp_rn(__fmul_rn(scale, lift));
-#pragma unroll
-    for (int i = 0; i < RUN / 32; i++) {
-        const int at = i * 32 + lane;
-        const float x = __fmul_rn(__fmul_rn(centred[i], lift), inverse);
-        int code = 0;
-#pragma unroll
-        for (int half = 128; half > 0; half >>= 1)
-            if (x > bounds[code + half - 1]) code += half;
-        if (at < size) codes[at] = finite && top != 0 ? static_cast<uint8_t>(code) : ZERO_CODE;
-    }
-    if (lane == 0) group_scale[blockIdx.y * runs + group] = finite ? scale : canonical_nan<float>();
 }

@@ -1,4 +1,4 @@
-// arch: compute_75
+// arch: compute_75 compute_80
 // Quantize: absmax of each block, code = index of the table entry nearest to v * (1 / absmax); bytes equal to the CPU's.
 //
 // Layout: as dequantize.cu. A block never crosses a row. The reciprocal and the product are rounded as IEEE says, and
@@ -26,7 +26,6 @@ constexpr float CELL_MAGIC = 98304.f + 16.5f;
 constexpr uint32_t CELL_MASK = 0xf80;
 constexpr float SUBNORMAL_BELOW = 1.17549435e-38f;
 constexpr float LIFT = 18446744073709551616.f;
-constexpr unsigned FULL_WARP = 0xffffffffu;
 
 struct Cell {
     float threshold;  // infinity where the cell has none
@@ -135,7 +134,7 @@ __device__ __forceinline__ void quantize_words(const T* __restrict__ weight, uin
     for (int i = 0; i < WORDS_IN_FLIGHT; i++) {
         const int64_t at = start + i * THREADS;
         uint32_t top = largest(word[i]);
-        for (int lane = 1; lane < lanes; lane <<= 1) top = max(top, __shfl_xor_sync(FULL_WARP, top, lane));
+        for (int lane = 1; lane < lanes; lane <<= 1) top = max(top, __shfl_xor_sync(WHOLE_WARP, top, lane));
         const float scale = absmax_of<T>(top);
         const bool usable = is_finite(scale) && scale > 0.f;
         const Normalizer normalize(usable ? scale : 1.f);
@@ -187,7 +186,7 @@ __device__ __forceinline__ void quantize_rows(const T* __restrict__ weight, uint
         const T* values = weight + row * columns + first;
         uint32_t top = 0;
         for (int i = lane; i < size; i += 32) top = max(top, magnitude(widen(values[i])));
-        for (int other = 16; other > 0; other >>= 1) top = max(top, __shfl_xor_sync(FULL_WARP, top, other));
+        for (int other = 16; other > 0; other >>= 1) top = max(top, __shfl_xor_sync(WHOLE_WARP, top, other));
         const float scale = __uint_as_float(top);
         const bool usable = is_finite(scale) && scale > 0.f;
         const Normalizer normalize(usable ? scale : 1.f);

@@ -5,29 +5,71 @@
 #include "floats.cuh"
 
 constexpr int RUN = NESTED_BLOCK_SIZE;
+constexpr int RUN_BITS = 8;
+constexpr unsigned WHOLE_WARP = 0xffffffffu;
 
-// Of RUN values, zeros behind the last; adding a zero changes no sum.
-template <typename T> __device__ __forceinline__ double sum_in_order(const T* values) {
+// The rule itself. One addition waits for the other: some ten thousand clocks.
+template <typename T> __device__ __noinline__ double sum_in_order(const T* values) {
     double sum = 0.0;
-#pragma unroll 32
     for (int i = 0; i < RUN; i++) sum += static_cast<double>(values[i]);
     return sum;
+}
+
+__device__ __forceinline__ int warp_min(int value) {
+#if __CUDA_ARCH__ >= 800
+    return __reduce_min_sync(WHOLE_WARP, value);
+#else
+    for (int other = 16; other > 0; other >>= 1) value = min(value, __shfl_xor_sync(WHOLE_WARP, value, other));
+    return value;
+#endif
+}
+__device__ __forceinline__ int warp_max(int value) { return -warp_min(-value); }
+
+// One warp: the sum of RUN values that are not negative, zeros behind the last, of which a lane holds every 32nd; every lane
+// gets it. `staged` holds the same values in shared memory.
+// Where all values are multiples of 2^low and their sum stays below 2^(low + 53), each partial sum of any order is exact,
+// so that all orders agree and the quick one is taken. Scales that lie within a factor of 2^21 of each other do so.
+template <typename T> __device__ __forceinline__ double sum_of_run(const T (&values)[RUN / 32], const T* staged) {
+    double sum = 0.0;
+    int low = 4096, high = -4096;  // exponents of the lowest and of the highest bit that is set in any value
+#pragma unroll
+    for (int i = 0; i < RUN / 32; i++) {
+        const double value = static_cast<double>(values[i]);
+        const long long bits = __double_as_longlong(value);
+        const int exponent = static_cast<int>(bits >> 52);
+        const long long mantissa = bits & 0xfffffffffffffLL;
+        if (bits != 0) {
+            high = max(high, exponent);
+            low = min(low, mantissa == 0 ? exponent : exponent - 53 + __ffsll(mantissa));
+        }
+        sum += value;
+    }
+    for (int other = 16; other > 0; other >>= 1) sum += __shfl_xor_sync(WHOLE_WARP, sum, other);
+    return warp_max(high) + 1 + RUN_BITS - warp_min(low) <= 53 ? sum : sum_in_order(staged);
 }
 
 // One warp: the sum and the number of the finite ones of `size` scales in shared memory, which has room for RUN. The
 // others count as absent; their places are overwritten with zeros.
 __device__ __forceinline__ void sum_run(float* scales, int size, double* sum, int* count) {
     const int lane = threadIdx.x % 32;
-    int finite = 0;
-    for (int i = lane; i < RUN; i += 32) {
-        const bool counts = i < size && is_finite(scales[i]);
-        finite += counts;
-        if (!counts) scales[i] = 0.f;
+    float values[RUN / 32];
+    int absent = 0;
+#pragma unroll
+    for (int i = 0; i < RUN / 32; i++) {
+        const int at = i * 32 + lane;
+        values[i] = at < size ? scales[at] : 0.f;
+        if (at >= size || !is_finite(values[i])) {
+            absent += at < size;
+            values[i] = scales[at] = 0.f;
+        }
     }
-    for (int other = 16; other > 0; other >>= 1) finite += __shfl_xor_sync(0xffffffffu, finite, other);
     __syncwarp();
+    const double total = sum_of_run(values, scales);
+    // Nearly always none.
+    if (__any_sync(WHOLE_WARP, absent > 0))
+        for (int other = 16; other > 0; other >>= 1) absent += __shfl_xor_sync(WHOLE_WARP, absent, other);
     if (lane == 0) {
-        *sum = sum_in_order(scales);
-        *count = finite;
+        *sum = total;
+        *count = size - absent;
     }
 }

@@ -5,7 +5,7 @@ use qlora_core::{Layout, NESTED_BLOCK_SIZE, dynamic_thresholds};
 use crate::context::Device;
 use crate::dequantize::experts;
 use crate::error::CudaError;
-use crate::launch::{DevicePtr, Grid, Queue, arg, launch};
+use crate::launch::{DevicePtr, Grid, Queue, arg, ctas, launch, strided_ctas};
 use crate::modules::DOUBLE_QUANTIZE;
 
 const THREADS: u32 = 512;
@@ -46,7 +46,7 @@ pub(crate) unsafe fn double_quantize(
     let blocks = layout.blocks_per_expert() as i64;
     let runs = layout.blocks_per_expert().div_ceil(NESTED_BLOCK_SIZE);
     // An expert without blocks still gets its offset: the mean of nothing, 0.
-    let mut grid = Grid::new((runs.div_ceil(WARPS).max(1) as u32, experts), THREADS);
+    let grid = Grid::new((ctas(runs.max(1), WARPS)?, experts), THREADS);
     let Nested { codes, group_scale, offset, run_sums, run_counts } = *out;
     if !summed {
         let mut args = [arg(&absmax), arg(&run_sums), arg(&run_counts), arg(&blocks)];
@@ -56,9 +56,13 @@ pub(crate) unsafe fn double_quantize(
     }
     // The levels of the tree above the runs lie in shared memory, in two halves that take turns.
     let upper_size = runs.div_ceil(NESTED_BLOCK_SIZE).max(1) as i64;
-    grid.shared_bytes = u32::try_from(2 * upper_size * 8).unwrap_or(u32::MAX);
-    let mut thresholds = [f32::INFINITY; 256];
-    thresholds[..255].copy_from_slice(dynamic_thresholds());
+    // Every CTA reads all sums: few CTAs.
+    let grid = Grid {
+        ctas: (strided_ctas(device, runs, WARPS, 2), experts),
+        shared_bytes: u32::try_from(2 * upper_size * 8).unwrap_or(u32::MAX),
+        ..grid
+    };
+    let thresholds = threshold_tree();
     let mut args = [
         arg(&absmax),
         arg(&run_sums),
@@ -73,4 +77,31 @@ pub(crate) unsafe fn double_quantize(
     let function = device.function(&DOUBLE_QUANTIZE, "double_quantize_codes")?;
     // SAFETY: as above.
     unsafe { launch(function, grid, queue, &mut args) }
+}
+
+/// The thresholds of the dynamic map as a search tree: the children of node i, from 1 on, are 2 i and 2 i + 1.
+fn threshold_tree() -> [f32; 256] {
+    let mut tree = [0.0; 256];
+    for level in 0..8 {
+        for index in 0..1 << level {
+            tree[(1 << level) + index] = dynamic_thresholds()[(2 * index + 1) * (128 >> level) - 1];
+        }
+    }
+    tree
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_tree_finds_the_number_of_thresholds_below() {
+        let tree = threshold_tree();
+        for &threshold in dynamic_thresholds() {
+            for x in [threshold.next_down(), threshold, threshold.next_up()] {
+                let node = (0..8).fold(1, |node, _| 2 * node + usize::from(x > tree[node]));
+                assert_eq!(node - 256, dynamic_thresholds().partition_point(|&below| x > below));
+            }
+        }
+    }
 }

@@ -31,9 +31,11 @@ macro_rules! ptx {
 #[derive(Debug)]
 pub(crate) struct KernelFile(&'static [Ptx]);
 
-pub(crate) static DEQUANTIZE: KernelFile = KernelFile(&[ptx!("dequantize", (7, 5))]);
-pub(crate) static QUANTIZE: KernelFile = KernelFile(&[ptx!("quantize", (7, 5))]);
-pub(crate) static DOUBLE_QUANTIZE: KernelFile = KernelFile(&[ptx!("double_quantize", (7, 5))]);
+pub(crate) static DEQUANTIZE: KernelFile =
+    KernelFile(&[ptx!("dequantize_sm80", (8, 0)), ptx!("dequantize_sm75", (7, 5))]);
+pub(crate) static QUANTIZE: KernelFile = KernelFile(&[ptx!("quantize_sm80", (8, 0)), ptx!("quantize_sm75", (7, 5))]);
+pub(crate) static DOUBLE_QUANTIZE: KernelFile =
+    KernelFile(&[ptx!("double_quantize_sm80", (8, 0)), ptx!("double_quantize_sm75", (7, 5))]);
 
 /// All of them, for [`warmup`].
 static FILES: [&KernelFile; 3] = [&DEQUANTIZE, &QUANTIZE, &DOUBLE_QUANTIZE];

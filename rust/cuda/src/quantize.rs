@@ -1,11 +1,12 @@
 //! Launches `kernels/quantize.cu`.
 
+use cudarc::driver::{result, sys};
 use qlora_core::codebook::FP4_CODE_BY_RANK;
 use qlora_core::{Codebook, FloatType, Layout, NESTED_BLOCK_SIZE, QuantSpec, Search};
 
 use crate::context::{Device, device};
 use crate::double_quantize::{Nested, double_quantize};
-use crate::error::CudaError;
+use crate::error::{CudaError, failed};
 use crate::launch::{DevicePtr, Grid, Queue, arg, ctas, launch, strided_ctas};
 use crate::modules::QUANTIZE;
 
@@ -51,7 +52,7 @@ pub struct Quantized {
     pub codes: DevicePtr,
     /// float32 scales.
     pub absmax: DevicePtr,
-    /// When not 0, an int32 that is set to 1 if a NaN or infinite value is seen.
+    /// When not 0, an int32 that becomes 1 if a NaN or infinite value is seen, else 0.
     pub nonfinite: DevicePtr,
     /// Given when the scales are quantized too.
     pub nested: Option<Nested>,
@@ -74,6 +75,11 @@ pub unsafe fn quantize(
 ) -> Result<(), CudaError> {
     let device = device(queue.device)?;
     let _entered = device.enter()?;
+    if out.nonfinite != 0 {
+        // SAFETY: the caller's promise: an int32 of this device.
+        unsafe { result::memset_d8_async(out.nonfinite, 0, 4, queue.stream as sys::CUstream) }
+            .map_err(failed("cuMemsetD8Async"))?;
+    }
     let mut summed = false;
     if layout.elements() > 0 {
         let wide = spec.block_size() <= LARGEST_WARP_BLOCK

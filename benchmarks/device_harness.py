@@ -1,4 +1,4 @@
-"""What benchmarks on a CUDA device share: times by events and by graph replay, the card's own ceilings, what it ran on."""
+"""What benchmarks on a CUDA device share: times by events and by graph replay, the card's ceilings, what it ran on."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 
-import harness
 import torch
+
+import harness
 
 # Weights are taken in turn from sets of this many times the L2 cache, so that every use reads memory.
 L2_ROUNDS = 4
@@ -31,7 +32,7 @@ def eager_us(work: Mapping[str, Work], sets: int, repetitions: int = 100) -> dic
         for name, call in work.items():
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             # The device is busy while the host queues the call, so that only device time is seen.
-            torch.cuda._sleep(100_000)
+            torch.cuda._sleep(400_000)
             start.record()
             call(repetition % sets)
             end.record()
@@ -98,7 +99,8 @@ def machine() -> str:
     from qlora_rs import _core
 
     driver = _core.driver_probe()["driver_version"]
-    return f"{torch.cuda.get_device_name()}, CUDA driver {driver}; {harness.machine(harness.installed('torch', 'bitsandbytes'))}"
+    host = harness.machine(harness.installed("torch", "bitsandbytes"))
+    return f"{torch.cuda.get_device_name()}, CUDA driver {driver}; {host}"
 
 
 def free() -> None:

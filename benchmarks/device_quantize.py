@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import argparse
 
-import device_harness as device
-import harness
 import torch
 
+import device_harness as device
+import harness
 import qlora_rs
 
 BLOCK_SIZE = 64
@@ -98,7 +98,7 @@ def main() -> None:
         lines += measure(rows, columns, speed, arguments.repetitions)
         device.free()
     header = (
-        "NF4, block 64, bf16", "what", "graph us", "eager us", "peer eager us", "ratio", "TB/s", "of copy", "must reach",
+        "NF4, bf16", "what", "graph us", "eager us", "peer eager us", "ratio", "TB/s", "of copy", "must reach",
     )  # fmt: skip
     print(harness.table(header, lines))
 

@@ -34,7 +34,7 @@ LAYERS = (
     {"packed", "report"},
     {"_bridge"},
     {"ops"},
-    {"quantization"},
+    {"direct", "quantization"},
     {"linear"},
     {"selection"},
     {"checkpoint"},

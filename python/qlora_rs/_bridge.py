@@ -1,7 +1,7 @@
-"""Where tensors meet the extension: the only module that hands out addresses, dtype codes, streams and thread counts.
+"""Where tensors meet the extension: the only module that hands out addresses, dtype codes and streams.
 
-Every function takes tensors of one device, CPU or CUDA; `ops` checks what users pass. Work on a CUDA device is queued on
-torch's current stream, its memory comes from torch's allocator.
+Every function takes tensors of one device, CPU or CUDA; `ops` checks what users pass. Work on a CUDA device is
+queued on torch's current stream, its memory comes from torch's allocator.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def quantize(weight: Tensor, spec: QuantSpec, check_finite: bool) -> tuple[Tenso
     codes = torch.empty(shapes.codes, dtype=torch.uint8, device=device)
     absmax = torch.empty(shapes.absmax, dtype=torch.float32, device=device)
     nested = absmax
-    scale = offset = absmax.new_empty(0)
+    scale, offset = absmax.new_empty(0), absmax.new_empty(0)  # an operator's outputs must not be one tensor
     if spec.double_quant:
         nested = torch.empty(shapes.absmax, dtype=torch.uint8, device=device)
         scale = torch.empty(shapes.absmax_scale, dtype=torch.float32, device=device)
@@ -104,7 +104,7 @@ def _quantize_cuda(
     scale: Tensor,
     offset: Tensor,
 ) -> None:
-    nonfinite = torch.zeros(1, dtype=torch.int32, device=weight.device) if check_finite else None
+    nonfinite = torch.empty(1, dtype=torch.int32, device=weight.device) if check_finite else None
     parts = None
     if spec.double_quant:
         sums = torch.empty_like(scale, dtype=torch.float64)
@@ -125,6 +125,50 @@ def _quantize_cuda(
         quantize(weight.cpu(), spec, check_finite)  # raises the error that counts and locates them
 
 
+class DeviceWeight:
+    """A packed weight on a CUDA device, checked once, for calls that must cost the host little.
+
+    It stands for the memory that its tensors had when it was made: `holds` tells whether they still have it.
+    """
+
+    __slots__ = ("_addresses", "_core", "_parts", "device", "shape")
+
+    def __init__(
+        self,
+        codes: Tensor,
+        absmax: Tensor,
+        absmax_scale: Tensor | None,
+        absmax_offset: Tensor | None,
+        columns: int,
+        spec: QuantSpec,
+    ) -> None:
+        self.shape = (*codes.shape[:-1], columns)
+        self.device = codes.device
+        self._parts = (codes, absmax, absmax_scale, absmax_offset)
+        self._addresses = tuple(None if part is None else part.data_ptr() for part in self._parts)
+        self._core = _core.DeviceWeight(
+            spec.core(),
+            layout=_layout(self.shape),
+            codes=_memory(codes),
+            absmax=_memory(absmax),
+            scale=_optional(absmax_scale),
+            offset=_optional(absmax_offset),
+        )
+
+    def holds(self, *parts: Tensor | None) -> bool:
+        """Are these the tensors, and has none of them been moved in place (as ``module.to`` does)?"""
+        for part, own, address in zip(parts, self._parts, self._addresses):  # noqa: B905  # checked on every forward
+            if part is not own or (part is not None and part.data_ptr() != address):
+                return False
+        return True
+
+    def dequantize(self, dtype: torch.dtype) -> Tensor:
+        """The float weight, a new tensor."""
+        out = torch.empty(self.shape, dtype=dtype, device=self.device)
+        self._core.dequantize(_queue(self.device), (out.data_ptr(), out.numel()), _DTYPE_CODES[dtype])
+        return out
+
+
 def dequantize(
     codes: Tensor,
     absmax: Tensor,
@@ -135,24 +179,24 @@ def dequantize(
     dtype: torch.dtype,
 ) -> Tensor:
     """The weight of shape ``codes.shape[:-1] + (columns,)`` in ``dtype``, on the device of the codes."""
-    shape = (*codes.shape[:-1], columns)
     codes, absmax = codes.contiguous(), absmax.contiguous()
     scale = None if absmax_scale is None else absmax_scale.contiguous()
     offset = None if absmax_offset is None else absmax_offset.contiguous()
-    out = torch.empty(shape, dtype=dtype, device=codes.device)
-    parts = {
-        "layout": _layout(shape),
-        "codes": _memory(codes),
-        "absmax": _memory(absmax),
-        "scale": _optional(scale),
-        "offset": _optional(offset),
-        "out": _memory(out),
-        "dtype": _DTYPE_CODES[dtype],
-    }
     if codes.device.type == "cuda":
-        _core.cuda_dequantize(spec.core(), queue=_queue(codes.device), **parts)
-    else:
-        _core.dequantize(spec.core(), num_threads=torch.get_num_threads(), **parts)
+        return DeviceWeight(codes, absmax, scale, offset, columns, spec).dequantize(dtype)
+    shape = (*codes.shape[:-1], columns)
+    out = torch.empty(shape, dtype=dtype)
+    _core.dequantize(
+        spec.core(),
+        layout=_layout(shape),
+        codes=_memory(codes),
+        absmax=_memory(absmax),
+        scale=_optional(scale),
+        offset=_optional(offset),
+        out=_memory(out),
+        dtype=_DTYPE_CODES[dtype],
+        num_threads=torch.get_num_threads(),
+    )
     return out
 
 

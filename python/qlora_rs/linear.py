@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
+from qlora_rs import direct
 from qlora_rs.packed import FLOAT_DTYPES, PackedShapes, PackedTensor
 from qlora_rs.quantization import dequantize, quantize
 from qlora_rs.spec import QuantSpec
@@ -49,6 +52,7 @@ class Linear4bit(nn.Linear):
         self.spec = QuantSpec() if spec is None else spec
         self.float_dtype = float_dtype
         self._codebook = None if self.spec.codebook is None else list(self.spec.codebook)
+        self._product = direct.FrozenProduct(in_features, self.spec)
 
         shapes = PackedShapes.of((out_features, in_features), self.spec)
         nested = self.spec.double_quant
@@ -116,12 +120,12 @@ class Linear4bit(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """x of shape (..., in), float32, bfloat16 or float16 (under autocast its type) -> (..., out) in that type."""
+        parts = (self.weight, self.weight_absmax, self.weight_absmax_scale, self.weight_absmax_offset)
+        if direct.applies(x):
+            return self._product(x, parts, self.bias)
         y: Tensor = torch.ops.qlora_rs.linear(
             x,
-            self.weight,
-            self.weight_absmax,
-            self.weight_absmax_scale,
-            self.weight_absmax_offset,
+            *parts,
             self.in_features,
             self.spec.quant_type,
             self.spec.block_size,
@@ -129,6 +133,10 @@ class Linear4bit(nn.Linear):
             self.bias,
         )
         return y
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and pickles look their memory up anew."""
+        return {**self.__dict__, "_product": direct.FrozenProduct(self.in_features, self.spec)}
 
     def reset_parameters(self) -> None:
         """Nothing to draw: a packed weight is loaded or quantized, never initialised."""

@@ -179,10 +179,16 @@ def _mismatch(name: str, meaning: str, x: Tensor, expected: int) -> str:
 @_kernel("linear")
 def _linear(x: Tensor, *packed_and_bias: Any) -> Tensor:
     *packed, bias = packed_and_bias
-    if x.ndim == 0 or x.shape[-1] != packed[4]:
-        raise ValueError(_mismatch("x", "in_features", x, packed[4]))
-    weight: Tensor = _dequantize(*packed, dtype=x.dtype)  # type: ignore[misc]  # packed is of any length here
+    if x.is_cuda and x.dtype in FLOAT_DTYPES:
+        return device_linear(x, _device_weight(*packed), bias)
+    _expect_width("x", "in_features", x, packed[4])
+    weight: Tensor = _dequantize(*packed, dtype=x.dtype)
     return torch.nn.functional.linear(x, weight, None if bias is None else bias.to(x.dtype))
+
+
+def _expect_width(name: str, meaning: str, x: Tensor, expected: int) -> None:
+    if x.ndim == 0 or x.shape[-1] != expected:
+        raise ValueError(_mismatch(name, meaning, x, expected))
 
 
 @torch.library.register_fake("qlora_rs::linear_backward", lib=_library)
@@ -191,9 +197,44 @@ def _(grad: Tensor, codes: Tensor, *packed: Any) -> Tensor:
 
 
 @_kernel("linear_backward")
-def _linear_backward(grad: Tensor, *packed: Any) -> Tensor:
-    weight: Tensor = _dequantize(*packed, dtype=grad.dtype)  # type: ignore[misc]
+def _linear_backward(grad: Tensor, codes: Tensor, *packed: Any) -> Tensor:
+    if grad.is_cuda and grad.dtype in FLOAT_DTYPES:
+        return device_linear_backward(grad, _device_weight(codes, *packed))
+    weight: Tensor = _dequantize(codes, *packed, dtype=grad.dtype)
     return grad @ weight
+
+
+def _device_weight(codes: Tensor, absmax: Tensor, scale: Tensor | None, offset: Tensor | None, *rest: Any) -> Any:
+    spec = _checked(codes, absmax, scale, offset, *rest)
+    scale = None if scale is None else scale.contiguous()
+    offset = None if offset is None else offset.contiguous()
+    return _bridge.DeviceWeight(codes.contiguous(), absmax.contiguous(), scale, offset, rest[0], spec)
+
+
+def device_weight(
+    codes: Tensor, absmax: Tensor, scale: Tensor | None, offset: Tensor | None, columns: int, spec: QuantSpec
+) -> _bridge.DeviceWeight:
+    """A packed weight on a CUDA device, its parts checked, for `device_linear`."""
+    codebook = None if spec.codebook is None else list(spec.codebook)
+    weight: _bridge.DeviceWeight = _device_weight(
+        codes, absmax, scale, offset, columns, spec.quant_type, spec.block_size, codebook
+    )
+    return weight
+
+
+def device_linear(x: Tensor, weight: _bridge.DeviceWeight, bias: Tensor | None) -> Tensor:
+    """x W^T + b on a CUDA device, x float32, bfloat16 or float16; nothing is recorded for autograd."""
+    _expect_width("x", "in_features", x, weight.shape[-1])
+    if x.device != weight.device:
+        raise ValueError(f"x is on {x.device}, the weight is on {weight.device}: move one of them")
+    bias = None if bias is None else bias.to(x.dtype)
+    # Contiguous, so that a strided x has the bits of its copy.
+    return torch.nn.functional.linear(x.contiguous(), weight.dequantize(x.dtype), bias)
+
+
+def device_linear_backward(grad: Tensor, weight: _bridge.DeviceWeight) -> Tensor:
+    """The gradient of x of `device_linear`: dY W."""
+    return grad.contiguous() @ weight.dequantize(grad.dtype)
 
 
 def _save_packed(ctx: Any, inputs: tuple[Any, ...]) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 
@@ -77,6 +78,10 @@ class PackedTensor:
             _expect("absmax_offset", self.absmax_offset, torch.float32, shapes.absmax_offset)
         elif self.absmax_scale is not None or self.absmax_offset is not None:
             raise ValueError("absmax_scale and absmax_offset belong to doubly quantized tensors only")
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Only the fields: what has been derived from this object's memory does not travel."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
 
     @property
     def device(self) -> torch.device:

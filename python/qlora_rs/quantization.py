@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from qlora_rs import _bridge, ops
+from qlora_rs import _bridge, direct, ops
 from qlora_rs.errors import UnsupportedError
 from qlora_rs.packed import FLOAT_DTYPES, PackedTensor
 from qlora_rs.spec import QuantSpec
@@ -63,6 +63,9 @@ def dequantize(packed: PackedTensor, dtype: torch.dtype | None = None) -> Tensor
         TypeError: ``dtype`` is not a floating type that has a kernel.
         ValueError: a code lies outside the codebook.
     """
+    dtype = packed.dtype if dtype is None else dtype
+    if packed.codes.is_cuda and dtype in FLOAT_DTYPES and direct.unwatched(packed.codes):
+        return direct.device_weight(packed).dequantize(dtype)
     _require_device(packed.codes)
     spec = packed.spec
     codebook = None if spec.codebook is None else list(spec.codebook)
@@ -75,7 +78,7 @@ def dequantize(packed: PackedTensor, dtype: torch.dtype | None = None) -> Tensor
         spec.quant_type,
         spec.block_size,
         codebook,
-        packed.dtype if dtype is None else dtype,
+        dtype,
     )
     return weight
 

@@ -276,7 +276,7 @@ def test_a_damaged_kernel_file_is_reported_with_the_assemblers_message(tmp_path:
     program = "import qlora_rs; qlora_rs.warmup('cuda')"
     missing = run_python(program, QLORA_RS_PTX_DIR=str(tmp_path))
     assert "QLORA_RS_PTX_DIR: cannot read" in missing.stderr
-    for name in ("dequantize", "quantize", "double_quantize"):
+    for name in ("dequantize_sm75", "dequantize_sm80"):
         (tmp_path / f"{name}.ptx").write_text(".version 8.0\n.target sm_75\n.address_size 64\nnonsense\n")
     damaged = run_python(program, QLORA_RS_PTX_DIR=str(tmp_path))
     assert damaged.returncode != 0

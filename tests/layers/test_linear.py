@@ -13,6 +13,8 @@ from torch import nn
 import qlora_rs
 from qlora_rs import Linear4bit, QuantSpec, reference
 
+pytestmark = pytest.mark.usefixtures("device")
+
 SPECS = [
     QuantSpec(),
     QuantSpec("nf4", 32, False),
@@ -118,10 +120,10 @@ def test_copies_and_casts_keep_every_packed_bit(how: str) -> None:
         assert not layer.get_parameter(name).requires_grad
 
 
-def test_autocast_computes_in_its_type_and_gives_gradients_in_the_inputs() -> None:
+def test_autocast_computes_in_its_type_and_gives_gradients_in_the_inputs(device: str) -> None:
     layer = make()
     x = torch.randn(5, 101, requires_grad=True)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(device, torch.bfloat16):
         y = layer(x)
     assert y.dtype == torch.bfloat16
     y.float().sum().backward()

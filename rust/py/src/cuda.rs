@@ -1,7 +1,7 @@
 //! Queue the kernels on device memory; all calls return before the work is done.
 
 use pyo3::prelude::*;
-use qlora_core::Layout;
+use qlora_core::{Layout, QuantSpec};
 use qlora_cuda::{CudaError, DevicePtr, DeviceScales, Nested, Quantized, Queue};
 
 use crate::boundary::{IntoPyErr, Memory, expect};
@@ -44,7 +44,7 @@ fn pointer((address, _): Memory) -> DevicePtr {
 type NestedMemory = (Memory, Memory, Memory, Memory, Memory);
 
 /// Quantize `source` into `codes` and float32 `absmax`, and these again into `nested`, which is given iff the spec asks for
-/// it; `nonfinite` (int32 `[1]`, or None) is set to 1 where NaN or Inf is seen.
+/// it; `nonfinite` (int32 `[1]`, or None) becomes 1 where NaN or Inf is seen, else 0.
 #[pyfunction]
 #[pyo3(signature = (spec, *, queue, layout, source, dtype, codes, absmax, nested, nonfinite))]
 #[allow(clippy::too_many_arguments)] // named at the only call, in _bridge.py
@@ -90,32 +90,45 @@ fn nested_of(layout: &Layout, (codes, scale, offset, sums, counts): NestedMemory
     })
 }
 
-/// Dequantize into `out` (elements of `dtype`); scales are doubly quantized iff `scale` and `offset` are given.
-#[pyfunction]
-#[pyo3(signature = (spec, *, queue, layout, codes, absmax, scale, offset, out, dtype))]
-#[allow(clippy::too_many_arguments)] // named at the only call, in _bridge.py
-pub fn cuda_dequantize(
-    py: Python<'_>,
-    spec: &Spec,
-    queue: QueueOf,
-    layout: Shape,
-    codes: Memory,
-    absmax: Memory,
-    scale: Option<Memory>,
-    offset: Option<Memory>,
-    out: Memory,
-    dtype: u8,
-) -> PyResult<()> {
-    let (layout, dtype) = (layout_of(spec, layout)?, float_type(dtype)?);
-    expect("codes", codes.1, layout.code_bytes())?;
-    expect("out", out.1, layout.elements())?;
-    let scales = scales_of(spec, &layout, absmax, scale, offset)?;
-    let (codes, out) = (pointer(codes), pointer(out));
-    let queue = queue_of(queue);
-    run(py, || {
-        // SAFETY: as in `cuda_quantize`.
-        unsafe { qlora_cuda::dequantize(queue, &spec.inner, &layout, codes, scales, out, dtype) }
-    })
+/// A packed weight in device memory, checked once. The caller keeps its tensors alive, and makes a new one when they move.
+#[pyclass(frozen, module = "qlora_rs._core")]
+pub struct DeviceWeight {
+    spec: QuantSpec,
+    layout: Layout,
+    codes: DevicePtr,
+    scales: DeviceScales,
+}
+
+#[pymethods]
+impl DeviceWeight {
+    /// Scales are doubly quantized iff the spec says so; only then `scale` and `offset` are given.
+    #[new]
+    #[pyo3(signature = (spec, *, layout, codes, absmax, scale, offset))]
+    fn new(
+        spec: &Spec,
+        layout: Shape,
+        codes: Memory,
+        absmax: Memory,
+        scale: Option<Memory>,
+        offset: Option<Memory>,
+    ) -> PyResult<Self> {
+        let layout = layout_of(spec, layout)?;
+        expect("codes", codes.1, layout.code_bytes())?;
+        let scales = scales_of(spec, &layout, absmax, scale, offset)?;
+        Ok(Self { spec: spec.inner.clone(), layout, codes: pointer(codes), scales })
+    }
+
+    /// Write the float weight to `out` (elements of `dtype`).
+    #[pyo3(signature = (queue, out, dtype))]
+    fn dequantize(&self, py: Python<'_>, queue: QueueOf, out: Memory, dtype: u8) -> PyResult<()> {
+        let dtype = float_type(dtype)?;
+        expect("out", out.1, self.layout.elements())?;
+        let (queue, out) = (queue_of(queue), pointer(out));
+        run(py, || {
+            // SAFETY: `_bridge.py` passes live contiguous tensors of this device, whose lengths were checked.
+            unsafe { qlora_cuda::dequantize(queue, &self.spec, &self.layout, self.codes, self.scales, out, dtype) }
+        })
+    }
 }
 
 /// Checked against the layout; the two parts of doubly quantized scales are there iff the spec says so.

@@ -1,0 +1,107 @@
+"""Calls on a CUDA device past torch's dispatcher, where nothing is listening there.
+
+An operator with an autograd formula in Python costs the host some 50 us a call, a product of one token takes the device
+7. So a plain eager call goes straight to the kernels; whatever wants to see operators (compilers, tracers, dispatch
+modes, functorch, fake tensors) gets them, from `ops`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qlora_rs import ops
+from qlora_rs._bridge import DeviceWeight
+from qlora_rs.packed import PackedTensor
+from qlora_rs.spec import QuantSpec
+
+# Codes, absmax, absmax_scale, absmax_offset.
+Parts = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
+
+_PLAIN = (Tensor, torch.nn.Parameter)
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def applies(x: Tensor) -> bool:
+    """May a product with x skip the dispatcher?"""
+    return x.is_cuda and x.dtype in _DTYPES and unwatched(x)
+
+
+def unwatched(tensor: Tensor) -> bool:
+    """Is this a tensor like any other, and does nobody watch the operators that are called?"""
+    return (
+        type(tensor) in _PLAIN
+        and not torch.compiler.is_compiling()
+        and torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._len_torch_function_stack() == 0
+        and torch._C._functorch.peek_interpreter_stack() is None
+        and not torch._C._get_tracing_state()
+    )
+
+
+def device_weight(packed: PackedTensor) -> DeviceWeight:
+    """What the kernels take of a packed tensor, made once for each."""
+    parts = (packed.codes, packed.absmax, packed.absmax_scale, packed.absmax_offset)
+    weight: DeviceWeight | None = packed.__dict__.get("_device_weight")
+    if weight is None or not weight.holds(*parts):
+        weight = ops.device_weight(*parts, packed.shape[-1], packed.spec)
+        object.__setattr__(packed, "_device_weight", weight)  # beside the frozen fields
+    return weight
+
+
+class FrozenProduct:
+    """x W^T + b and its gradient over one packed weight, whose parameters are looked up anew at each call."""
+
+    __slots__ = ("_spec", "_weight", "columns")
+
+    def __init__(self, columns: int, spec: QuantSpec) -> None:
+        self.columns = columns
+        self._spec = spec
+        self._weight: DeviceWeight | None = None
+
+    def weight(self, parts: Parts) -> DeviceWeight:
+        """The packed weight of these parameters, checked again only when one of them is another, or has moved."""
+        weight = self._weight
+        if weight is None or not weight.holds(*parts):
+            codes, absmax, scale, offset = parts
+            weight = self._weight = ops.device_weight(codes, absmax, scale, offset, self.columns, self._spec)
+        return weight
+
+    def __call__(self, x: Tensor, parts: Parts, bias: Tensor | None) -> Tensor:
+        """The product; recorded for autograd where a gradient is wanted."""
+        if torch.is_autocast_enabled("cuda"):
+            x = x.to(torch.get_autocast_dtype("cuda"))
+        if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
+            y: Tensor = _Recorded.apply(x, bias, self, parts)
+            return y
+        return ops.device_linear(x, self.weight(parts), bias)
+
+
+class _Recorded(torch.autograd.Function):
+    """Keeps the parameters, not their memory: sharding may free it until the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, bias: Tensor | None, product: FrozenProduct, parts: Parts) -> Tensor:
+        ctx.product, ctx.parts = product, parts
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        return ops.device_linear(x, product.weight(parts), bias)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        grad_x = grad_bias = None
+        if ctx.needs_input_grad[0]:
+            if torch.is_grad_enabled() or not applies(
+                grad
+            ):  # a gradient of this gradient is wanted: the operator has one
+                spec = ctx.product._spec
+                codebook = None if spec.codebook is None else list(spec.codebook)
+                grad_x = torch.ops.qlora_rs.linear_backward(
+                    grad, *ctx.parts, ctx.product.columns, spec.quant_type, spec.block_size, codebook
+                )
+            else:
+                grad_x = ops.device_linear_backward(grad, ctx.product.weight(ctx.parts))
+        if ctx.needs_input_grad[1]:
+            grad_bias = grad.sum_to_size(grad.shape[-1:]).to(ctx.bias_dtype)
+        return grad_x, grad_bias, None, None

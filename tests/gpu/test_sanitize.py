@@ -1,0 +1,45 @@
+"""Every kernel on small odd shapes, short enough to run under compute-sanitizer (`make sanitize`)."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import qlora_rs
+from qlora_rs import QuantSpec
+
+pytestmark = pytest.mark.sanitize
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+USER = (-1.0, -0.35, 0.1, 0.3, 0.5, 1.0)
+
+
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4", "int8", "codebook"])
+@pytest.mark.parametrize("shape", [(5, 193), (37, 64), (3, 7, 320), (259, 128), (1, 1)])
+def test_quantize_and_dequantize(shape: tuple[int, ...], quant_type: str) -> None:
+    for dtype in DTYPES:
+        weight = torch.randn(shape).to(dtype)
+        for double_quant in (False, True):
+            for block_size in (64, 128, 512):
+                spec = QuantSpec(quant_type, block_size, double_quant, USER if quant_type == "codebook" else None)
+                packed = qlora_rs.quantize(weight.cuda(), spec)
+                for out in DTYPES:
+                    want = qlora_rs.dequantize(qlora_rs.quantize(weight, spec), out)
+                    assert torch.equal(qlora_rs.dequantize(packed, out).cpu(), want)
+
+
+@pytest.mark.parametrize("double_quant", [False, True])
+@pytest.mark.parametrize("shape", [(17, 64), (48, 320), (259, 128), (33, 1088)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_small_products(shape: tuple[int, int], double_quant: bool, dtype: torch.dtype) -> None:
+    weight = torch.randn(shape)
+    bias = torch.randn(shape[0], dtype=dtype)
+    layer = qlora_rs.Linear4bit.from_packed(qlora_rs.quantize(weight, QuantSpec(double_quant=double_quant)))
+    want = layer.dequantize(torch.float32).double()
+    layer = layer.cuda()
+    layer.bias = torch.nn.Parameter(bias.cuda(), requires_grad=False)
+    for tokens in (1, 3, 8, 13, 16, 29, 33, 64, 70, 129, 255):
+        x = torch.randn(tokens, shape[1], dtype=dtype)
+        expected = x.double() @ want.T + bias.double()
+        got = layer(x.cuda()).cpu().double()
+        assert (got - expected).norm() / expected.norm() < 6e-3, tokens

@@ -21,9 +21,9 @@ struct BlockScales {
 
     __device__ __forceinline__ bool nested() const { return source.group_scale != nullptr; }
 
-    // Of columns 64 * column64 and on.
+    // Of columns 64 * column64 and on. NOTE: the launcher refuses 2^31 blocks, so that this is one 32-bit operation.
     __device__ __forceinline__ RawScale load(int row, int column64) const {
-        const int64_t block = static_cast<int64_t>(row) * blocks_per_row + (column64 >> shift);
+        const uint32_t block = static_cast<uint32_t>(row * blocks_per_row + (column64 >> shift));
         RawScale raw;
         if (nested()) {
             raw.bits = __ldg(static_cast<const uint8_t*>(source.absmax) + block);
@@ -37,7 +37,8 @@ struct BlockScales {
 
     // A block of Inf decodes to NaN, as on the CPU.
     __device__ __forceinline__ float decode(RawScale raw) const {
-        const float value = nested() ? __fadd_rn(__fmul_rn(map[raw.bits], raw.group), offset) : __uint_as_float(raw.bits);
+        const float value =
+            nested() ? __fadd_rn(__fmul_rn(map[raw.bits], raw.group), offset) : __uint_as_float(raw.bits);
         return fabsf(value) <= 3.402823466e38f ? value : __uint_as_float(0x7fc00000u);
     }
 };

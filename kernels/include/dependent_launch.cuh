@@ -1,4 +1,5 @@
-// Programmatic dependent launch (sm_90 and later): a kernel's start overlaps the end of the one before it in the stream.
+// Programmatic dependent launch (sm_90 and later): a kernel's start overlaps the end of the one before it in the
+// stream.
 #pragma once
 
 // The next kernel may start as soon as SMs have room; it waits itself for what it reads of us.

@@ -1,4 +1,4 @@
-// The product of 9 and more tokens with a 4-bit weight: y = x W^T (+ bias) (+ lora_scale * xa B^T), on any device.
+// The product of 17 and more tokens with a 4-bit weight: y = x W^T (+ bias) (+ lora_scale * xa B^T), on any device.
 //
 // Maths: as linear_4bit.cuh (m16n8k16, a float32 scale on the sum of each block of 64 columns), but the tokens lie in
 // shared memory, where all warps of the CTA read them.
@@ -52,7 +52,8 @@ template <typename T, typename SHAPE> struct StageLoader {
             const int more = row + SHAPE::THREADS / 2;
             const int64_t more_from =
                 static_cast<int64_t>(min(row0 + more, p.N - 1)) * (p.K / 2) + column64 * 32 + half * 16;
-            copy_16(stages + slot * SHAPE::STAGE_BYTES + SHAPE::TOKEN_BYTES + more * 32 + half * 16, p.codes + more_from);
+            copy_16(stages + slot * SHAPE::STAGE_BYTES + SHAPE::TOKEN_BYTES + more * 32 + half * 16,
+                    p.codes + more_from);
         }
     }
 
@@ -79,29 +80,53 @@ template <typename T, typename SHAPE> struct StageLoader {
     }
 };
 
-// One stage: a warp's rows are decoded once, then meet its token tiles two at a time.
+// A warp's rows of one stage: of each row tile, lane (group, quad) holds columns 16 quad ... 16 quad + 15 of rows group
+// (upper) and group + 8 (lower), and their scales.
+template <typename SHAPE> struct RowFragments {
+    uint32_t upper[SHAPE::ROW_TILES][8], lower[SHAPE::ROW_TILES][8];
+    float upper_scale[SHAPE::ROW_TILES], lower_scale[SHAPE::ROW_TILES];
+
+    __device__ __forceinline__ void decode(const char* stage, const PairTable& table, int warp_row) {
+        const char* codes = stage + SHAPE::TOKEN_BYTES + threadIdx.x % 4 * 8;
+        const float* scales = reinterpret_cast<const float*>(stage + SHAPE::TOKEN_BYTES + SHAPE::CODE_BYTES);
+#pragma unroll
+        for (int r = 0; r < SHAPE::ROW_TILES; r++) {
+            const int row = warp_row + r * 16 + threadIdx.x % 32 / 4;
+            const uint2 upper_codes = *reinterpret_cast<const uint2*>(codes + row * 32);
+            const uint2 lower_codes = *reinterpret_cast<const uint2*>(codes + (row + 8) * 32);
+            upper_scale[r] = scales[row];
+            lower_scale[r] = scales[row + 8];
+            table.decode(upper_codes.x, upper[r], 0);
+            table.decode(upper_codes.y, upper[r], 4);
+            table.decode(lower_codes.x, lower[r], 0);
+            table.decode(lower_codes.y, lower[r], 4);
+        }
+    }
+
+    // Sixty-four ranks of the low-rank term's B instead, whose scale is the term's.
+    template <typename T>
+    __device__ __forceinline__ void load_ranks(const LoraTerm<T>& lora, int row0, int rows, int k) {
+        const int group = threadIdx.x % 32 / 4, quad = threadIdx.x % 4;
+#pragma unroll
+        for (int r = 0; r < SHAPE::ROW_TILES; r++) {
+            upper_scale[r] = lower_scale[r] = lora.scale;
+#pragma unroll
+            for (int i = 0; i < 8; i++) {
+                const int row = row0 + r * 16 + group, column = k + quad * 16 + i * 2;
+                upper[r][i] = load_rank_pair(lora.b, row, rows, column, lora.rank);
+                lower[r][i] = load_rank_pair(lora.b, row + 8, rows, column, lora.rank);
+            }
+        }
+    }
+};
+
+// A warp's rows of one stage times its tokens. Columns 16 quad ... 16 quad + 15 of a token are pieces 2 quad and
+// 2 quad + 1, exchanged for odd tokens.
 template <typename T, typename SHAPE>
-__device__ __forceinline__ void multiply_stage(const char* stage, const PairTable& table, int warp_row, int warp_token,
+__device__ __forceinline__ void multiply_stage(const char* stage, const RowFragments<SHAPE>& rows, int warp_token,
                                                int token_tiles,
                                                float (&sums)[SHAPE::ROW_TILES][SHAPE::TOKEN_TILES][4]) {
     const int group = threadIdx.x % 32 / 4, quad = threadIdx.x % 4;
-    const char* codes = stage + SHAPE::TOKEN_BYTES;
-    const float* scales = reinterpret_cast<const float*>(codes + SHAPE::CODE_BYTES);
-    uint32_t upper[SHAPE::ROW_TILES][8], lower[SHAPE::ROW_TILES][8];
-    float upper_scale[SHAPE::ROW_TILES], lower_scale[SHAPE::ROW_TILES];
-#pragma unroll
-    for (int r = 0; r < SHAPE::ROW_TILES; r++) {
-        const int row = warp_row + r * 16 + group;
-        const uint2 upper_codes = *reinterpret_cast<const uint2*>(codes + row * 32 + quad * 8);
-        const uint2 lower_codes = *reinterpret_cast<const uint2*>(codes + (row + 8) * 32 + quad * 8);
-        upper_scale[r] = scales[row];
-        lower_scale[r] = scales[row + 8];
-        table.decode(upper_codes.x, upper[r], 0);
-        table.decode(upper_codes.y, upper[r], 4);
-        table.decode(lower_codes.x, lower[r], 0);
-        table.decode(lower_codes.y, lower[r], 4);
-    }
-    // Columns 16 quad ... 16 quad + 15 of a token: pieces 2 quad and 2 quad + 1, exchanged for odd tokens.
     const char* tokens = stage + (warp_token + group) * 128 + quad * 32;
     const int low_at = (group & 1) * 16, high_at = low_at ^ 16;
 #pragma unroll
@@ -113,15 +138,17 @@ __device__ __forceinline__ void multiply_stage(const char* stage, const PairTabl
             const uint4 high = *reinterpret_cast<const uint4*>(tokens + m * 1024 + high_at);
 #pragma unroll
             for (int r = 0; r < SHAPE::ROW_TILES; r++) {
+                const uint32_t* a = rows.upper[r];
+                const uint32_t* b = rows.lower[r];
                 float part[4] = {0.f, 0.f, 0.f, 0.f};
-                mma_16x8x16<T>(part, upper[r][0], lower[r][0], upper[r][1], lower[r][1], low.x, low.y);
-                mma_16x8x16<T>(part, upper[r][2], lower[r][2], upper[r][3], lower[r][3], low.z, low.w);
-                mma_16x8x16<T>(part, upper[r][4], lower[r][4], upper[r][5], lower[r][5], high.x, high.y);
-                mma_16x8x16<T>(part, upper[r][6], lower[r][6], upper[r][7], lower[r][7], high.z, high.w);
-                sums[r][m][0] += part[0] * upper_scale[r];
-                sums[r][m][1] += part[1] * upper_scale[r];
-                sums[r][m][2] += part[2] * lower_scale[r];
-                sums[r][m][3] += part[3] * lower_scale[r];
+                mma_16x8x16<T>(part, a[0], b[0], a[1], b[1], low.x, low.y);
+                mma_16x8x16<T>(part, a[2], b[2], a[3], b[3], low.z, low.w);
+                mma_16x8x16<T>(part, a[4], b[4], a[5], b[5], high.x, high.y);
+                mma_16x8x16<T>(part, a[6], b[6], a[7], b[7], high.z, high.w);
+                sums[r][m][0] += part[0] * rows.upper_scale[r];
+                sums[r][m][1] += part[1] * rows.upper_scale[r];
+                sums[r][m][2] += part[2] * rows.lower_scale[r];
+                sums[r][m][3] += part[3] * rows.lower_scale[r];
             }
         }
     }
@@ -143,50 +170,58 @@ __device__ __forceinline__ void gemm_4bit(const Linear4bit<T>& p, const Codebook
     const int begin = blocks64 * rank / ranks, count = blocks64 * (rank + 1) / ranks - begin;
     const bool nested = p.scales.group_scale != nullptr;
     const int blocks_per_row = (p.K + (1 << p.block_shift) - 1) >> p.block_shift;
-    const BlockScales scales = {p.scales, nested ? __ldg(p.scales.offset) : 0.f, map, blocks_per_row, p.block_shift - 6};
+    const float offset = nested ? __ldg(p.scales.offset) : 0.f;
+    const BlockScales scales = {p.scales, offset, map, blocks_per_row, p.block_shift - 6};
     const StageLoader<T, SHAPE> loader = {p, scales, shared_address(stages), row0, token0};
 
-    RawScale first[SHAPE::STAGES - 1];
+    constexpr int AHEAD = SHAPE::STAGES - 1;  // stages on the way
+    RawScale raw[AHEAD];                      // their scales
 #pragma unroll
-    for (int s = 0; s < SHAPE::STAGES - 1; s++)
-        if (s < count) {
-            loader.issue_codes(s, begin + s);
-            first[s] = loader.load_scale_of_thread(begin + s);
-        }
+    for (int s = 0; s < AHEAD; s++) {
+        if (s < count) loader.issue_codes(s, begin + s);
+        raw[s] = loader.load_scale_of_thread(begin + max(min(s, count - 1), 0));
+    }
     write_pair_table<T, SHAPE::THREADS>(shared, codebook);
     if (nested) load_dynamic_map(map);
     __syncthreads();
-#pragma unroll
-    for (int s = 0; s < SHAPE::STAGES - 2; s++)
-        if (s < count) loader.store_scale(stages, s, first[s]);
-    RawScale raw = first[SHAPE::STAGES - 2];
     const PairTable table(shared);
 
     wait_for_previous_kernels();
 #pragma unroll
-    for (int s = 0; s < SHAPE::STAGES - 1; s++) {
+    for (int s = 0; s < AHEAD; s++) {
         if (s < count) loader.issue_tokens(s, begin + s);
         commit_copies();
     }
     float sums[SHAPE::ROW_TILES][SHAPE::TOKEN_TILES][4] = {};
-    if (p.lora.xa != nullptr)
-        add_lora<T>(p, row0 + warp_row, token0 + warp_token, rank, ranks, sums);
-
+    RowFragments<SHAPE> rows;
     const int token_tiles = (p.M - token0 - warp_token + 7) / 8;
-    int slot = 0, next_slot = SHAPE::STAGES - 1;
+    if (p.lora.xa != nullptr && rank == 0) {
+        char* stage = stages + AHEAD * SHAPE::STAGE_BYTES;  // not yet in use
+        for (int k = 0; k < p.lora.rank; k += 64) {
+            rows.load_ranks(p.lora, row0 + warp_row, p.N, k);
+            fill_rank_stage<T, SHAPE::TOKENS, 1>(stage, p, token0, k);
+            __syncthreads();
+            multiply_stage<T, SHAPE>(stage, rows, warp_token, token_tiles, sums);
+            __syncthreads();
+        }
+    }
+
+    int slot = 0, next_slot = AHEAD;
     for (int s = 0; s < count; s++) {
-        if (s + SHAPE::STAGES - 2 < count)
-            loader.store_scale(stages, next_slot == 0 ? SHAPE::STAGES - 1 : next_slot - 1, raw);
-        wait_copies<SHAPE::STAGES - 2>();
+        loader.store_scale(stages, slot, raw[0]);
+        wait_copies<AHEAD - 1>();
         __syncthreads();  // the stage has landed, and the slot to refill is read
-        if (s + SHAPE::STAGES - 1 < count) {
-            const int column64 = begin + s + SHAPE::STAGES - 1;
-            loader.issue_codes(next_slot, column64);
-            loader.issue_tokens(next_slot, column64);
-            raw = loader.load_scale_of_thread(column64);
+        if (s + AHEAD < count) {
+            loader.issue_codes(next_slot, begin + s + AHEAD);
+            loader.issue_tokens(next_slot, begin + s + AHEAD);
         }
         commit_copies();
-        multiply_stage<T, SHAPE>(stages + slot * SHAPE::STAGE_BYTES, table, warp_row, warp_token, token_tiles, sums);
+#pragma unroll
+        for (int i = 0; i < AHEAD - 1; i++) raw[i] = raw[i + 1];
+        raw[AHEAD - 1] = loader.load_scale_of_thread(begin + min(s + AHEAD, count - 1));
+        const char* stage = stages + slot * SHAPE::STAGE_BYTES;
+        rows.decode(stage, table, warp_row);
+        multiply_stage<T, SHAPE>(stage, rows, warp_token, token_tiles, sums);
         slot = slot + 1 == SHAPE::STAGES ? 0 : slot + 1;
         next_slot = next_slot + 1 == SHAPE::STAGES ? 0 : next_slot + 1;
     }
@@ -213,8 +248,7 @@ __device__ __forceinline__ void gemm_4bit(const Linear4bit<T>& p, const Codebook
         gemm_4bit<T, GemmShape<WARP_ROWS, ROW_TILES, TOKEN_TILES, STAGES>>(LINEAR_4BIT_PROBLEM(T), codebook);          \
     }
 
-// 128 rows by 32, 64 and 128 tokens. Three stages of the last fit the 99 KB of sm_86, sm_89 and sm_120.
+// 128 rows by 64 and 128 tokens. Three stages of the second fit the 99 KB of sm_86, sm_89 and sm_120.
 #define DEFINE_ALL_GEMM_4BIT(NAME, T)                                                                                  \
-    DEFINE_GEMM_4BIT(NAME, T, 8, 1, 4, 4, 2)                                                                           \
     DEFINE_GEMM_4BIT(NAME, T, 8, 1, 8, 4, 2)                                                                           \
     DEFINE_GEMM_4BIT(NAME, T, 4, 2, 8, 3, 1)

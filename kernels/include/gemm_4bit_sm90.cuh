@@ -1,4 +1,4 @@
-// The product of 17 and more tokens with a 4-bit weight on Hopper: y = x W^T (+ bias) (+ lora_scale * xa B^T).
+// The product of 33 and more tokens with a 4-bit weight on Hopper: y = x W^T (+ bias) (+ lora_scale * xa B^T).
 //
 // Maths: the weight is decoded into registers exactly as dequantize does (one float32 product with the scale, one
 // rounding to T) and is the A operand of wgmma; the tokens are B, in shared memory, which the tensor cores read
@@ -42,8 +42,8 @@ template <typename T, typename SHAPE> struct WarpgroupLoader {
     // Free of branches, which would end ptxas's pipelining of the products around them.
     __device__ __forceinline__ void issue_codes(int slot, int column64) const {
         const int row = threadIdx.x / 2, half = threadIdx.x % 2;
-        const int64_t from = static_cast<int64_t>(min(row0 + row, p.N - 1)) * (p.K / 2) + column64 * 32 + half * 16;
-        copy_16(shared_address(stages) + SHAPE::CODES + slot * SHAPE::CODE_BYTES + row * 32 + half * 16, p.codes + from);
+        copy_16(shared_address(stages) + SHAPE::CODES + slot * SHAPE::CODE_BYTES + row * 32 + half * 16,
+                at_row(p.codes + column64 * 32 + half * 16, min(row0 + row, p.N - 1), p.K / 2));
     }
 
     __device__ __forceinline__ void issue_tokens(int slot, int column64) const {
@@ -51,15 +51,17 @@ template <typename T, typename SHAPE> struct WarpgroupLoader {
 #pragma unroll
         for (int i = 0; i < SHAPE::TOKENS * 8; i += SHAPE::THREADS) {
             const int token = (i + threadIdx.x) / 8;
-            copy_16_or_zeros(shared_address(stages) + slot * SHAPE::TOKEN_BYTES + token * 128 + (piece ^ token % 8) * 16,
-                             p.x + static_cast<int64_t>(min(token0 + token, p.M - 1)) * p.K + column64 * 64 + piece * 8,
+            const uint32_t to = slot * SHAPE::TOKEN_BYTES + token * 128 + (piece ^ token % 8) * 16;
+            copy_16_or_zeros(shared_address(stages) + to,
+                             at_row(reinterpret_cast<const uint8_t*>(p.x + column64 * 64 + piece * 8),
+                                    min(token0 + token, p.M - 1), p.K * 2),
                              token0 + token < p.M);
         }
     }
 
-    // Threads 128 on load what thread - 128 does, and store nothing.
     __device__ __forceinline__ RawScale load_scale_of_thread(int column64) const {
-        return scales.load(min(row0 + static_cast<int>(threadIdx.x % SHAPE::ROWS), p.N - 1), column64);
+        if (threadIdx.x >= SHAPE::ROWS) return {0, 0.f};
+        return scales.load(min(row0 + static_cast<int>(threadIdx.x), p.N - 1), column64);
     }
 
     __device__ __forceinline__ void store_scale(int slot, RawScale raw) const {
@@ -69,8 +71,8 @@ template <typename T, typename SHAPE> struct WarpgroupLoader {
     }
 };
 
-// The weights of a warp's 16 rows in one stage, as A fragments of its four steps of 16 columns. Lane (group, quad) needs
-// byte `quad` of each of the 8 words of rows group and group + 8.
+// The weights of a warp's 16 rows in one stage, as A fragments of its four steps of 16 columns. Lane (group, quad)
+// needs byte `quad` of each of the 8 words of rows group and group + 8.
 template <typename T, typename SHAPE>
 __device__ __forceinline__ void decode_stage(const char* stages, int slot, int row, const FloatPairTable& table,
                                              uint32_t (&weights)[16]) {
@@ -106,25 +108,30 @@ __device__ __forceinline__ void gemm_4bit_sm90(const Linear4bit<T>& p, const Cod
     const int begin = blocks64 * rank / ranks, count = blocks64 * (rank + 1) / ranks - begin;
     const bool nested = p.scales.group_scale != nullptr;
     const int blocks_per_row = (p.K + (1 << p.block_shift) - 1) >> p.block_shift;
-    const BlockScales scales = {p.scales, nested ? __ldg(p.scales.offset) : 0.f, map, blocks_per_row, p.block_shift - 6};
+    const float offset = nested ? __ldg(p.scales.offset) : 0.f;
+    const BlockScales scales = {p.scales, offset, map, blocks_per_row, p.block_shift - 6};
     const WarpgroupLoader<T, SHAPE> loader = {p, scales, stages, row0, token0};
 
     // Two stages are being multiplied or decoded, the others are on the way.
     constexpr int AHEAD = SHAPE::STAGES - 2;
     // The columns of stage s; past the end the last stage is fetched again, which keeps branches out and costs little.
     auto column64 = [&](int s) { return begin + max(min(s, count - 1), 0); };
-    RawScale first[AHEAD];
+    RawScale raw[AHEAD];  // scales on the way: of the stages after the one being decoded
 #pragma unroll
     for (int s = 0; s < AHEAD; s++) {
         loader.issue_codes(s, column64(s));
-        first[s] = loader.load_scale_of_thread(column64(s));
+        raw[s] = loader.load_scale_of_thread(column64(s));
     }
+    auto next_scale = [&](int slot, int s) {
+        loader.store_scale(slot, raw[0]);
+#pragma unroll
+        for (int i = 0; i < AHEAD - 1; i++) raw[i] = raw[i + 1];
+        raw[AHEAD - 1] = loader.load_scale_of_thread(column64(s + AHEAD));
+    };
     write_float_pair_table<SHAPE::THREADS>(shared, codebook);
     if (nested) load_dynamic_map(map);
     __syncthreads();
-#pragma unroll
-    for (int s = 0; s < AHEAD - 1; s++) loader.store_scale(s, first[s]);
-    RawScale raw = first[AHEAD - 1];
+    next_scale(0, 0);
     const FloatPairTable table(shared);
 
     wait_for_previous_kernels();
@@ -133,13 +140,28 @@ __device__ __forceinline__ void gemm_4bit_sm90(const Linear4bit<T>& p, const Cod
         loader.issue_tokens(s, column64(s));
         commit_copies();
     }
-    float sums[1][SHAPE::TOKENS / 8][4] = {};
-    if (p.lora.xa != nullptr) add_lora<T>(p, row0 + warp * 16, token0, rank, ranks, sums);
-    float(&flat)[SHAPE::TOKENS / 2] = *reinterpret_cast<float(*)[SHAPE::TOKENS / 2]>(&sums);
+    float sums[SHAPE::TOKENS / 2] = {};
+    uint32_t weights[16], next_weights[16];
+    if (p.lora.xa != nullptr && rank == 0) {
+        char* stage = stages + AHEAD * SHAPE::TOKEN_BYTES;  // not yet in use
+        for (int k = 0; k < p.lora.rank; k += 64) {
+            fill_rank_stage<T, SHAPE::TOKENS, 7>(stage, p, token0, k);
+#pragma unroll
+            for (int i = 0; i < 16; i++)
+                weights[i] = load_rank_pair(p.lora.b, row0 + warp * 16 + group + i % 2 * 8, p.N,
+                                            k + i / 4 * 16 + i % 4 / 2 * 8 + quad * 2, p.lora.rank);
+            fence_for_products();
+            __syncthreads();
+            WarpgroupProduct<T, SHAPE::TOKENS>::start(sums, weights, describe_rows(shared_address(stage)));
+            wait_products<0>();
+            __syncthreads();
+        }
+#pragma unroll
+        for (int i = 0; i < SHAPE::TOKENS / 2; i++) sums[i] *= p.lora.scale;
+    }
 
     const uint32_t zero = p.M < 0;
     // Stage 0 has no products to hide behind.
-    uint32_t weights[16], next_weights[16];
     wait_copies<AHEAD - 1>();
     fence_for_products();
     __syncthreads();
@@ -147,14 +169,13 @@ __device__ __forceinline__ void gemm_4bit_sm90(const Linear4bit<T>& p, const Cod
     int slot = 0, next_slot = 1 % SHAPE::STAGES, free_slot = AHEAD;
     for (int s = 0; s < count; s++) {
         WarpgroupProduct<T, SHAPE::TOKENS>::start(
-            flat, weights, describe_rows(shared_address(stages) + slot * SHAPE::TOKEN_BYTES));
+            sums, weights, describe_rows(shared_address(stages) + slot * SHAPE::TOKEN_BYTES));
 
         // Meanwhile the slot of the stage before last is filled again, and the next stage is decoded.
-        loader.store_scale(free_slot == 0 ? SHAPE::STAGES - 1 : free_slot - 1, raw);
+        next_scale(next_slot, s + 1);
         loader.issue_codes(free_slot, column64(s + AHEAD));
         loader.issue_tokens(free_slot, column64(s + AHEAD));
         commit_copies();
-        raw = loader.load_scale_of_thread(column64(s + AHEAD));
         wait_copies<AHEAD - 1>();
         fence_for_products();
         __syncthreads();  // the next stage has landed, and the products of the stage before are done in all warps
@@ -174,7 +195,7 @@ __device__ __forceinline__ void gemm_4bit_sm90(const Linear4bit<T>& p, const Cod
     for (int n = 0; n < SHAPE::TOKENS / 8; n++)
 #pragma unroll
         for (int i = 0; i < 4; i++)
-            tile[(n * 8 + quad * 2 + i % 2) * SHAPE::PITCH + warp * 16 + group + i / 2 * 8] = sums[0][n][i];
+            tile[(n * 8 + quad * 2 + i % 2) * SHAPE::PITCH + warp * 16 + group + i / 2 * 8] = sums[n * 4 + i];
     cluster_barrier();
     write_tile<T, SHAPE>(p, tile, row0, token0, rank, ranks);
     if (ranks > 1) cluster_barrier();  // a CTA's shared memory must outlive its readers
@@ -186,7 +207,6 @@ __device__ __forceinline__ void gemm_4bit_sm90(const Linear4bit<T>& p, const Cod
     }
 
 #define DEFINE_ALL_GEMM_4BIT_SM90(NAME, T)                                                                             \
-    DEFINE_GEMM_4BIT_SM90(NAME, T, 32, 8, 2)                                                                           \
-    DEFINE_GEMM_4BIT_SM90(NAME, T, 64, 6, 2)                                                                           \
+    DEFINE_GEMM_4BIT_SM90(NAME, T, 64, 4, 2)                                                                           \
     DEFINE_GEMM_4BIT_SM90(NAME, T, 128, 6, 1)                                                                          \
     DEFINE_GEMM_4BIT_SM90(NAME, T, 256, 4, 1)

@@ -1,12 +1,12 @@
-// The product of few tokens (M = 1 to 16) with a 4-bit weight: y = x W^T (+ bias) (+ lora_scale * xa B^T).
+// The product of few tokens (M = 1 to 32) with a 4-bit weight: y = x W^T (+ bias) (+ lora_scale * xa B^T).
 //
 // Maths: m16n8k16 with the weight as A (16 rows of W, the output features) and the tokens as B; codes become pairs of
 // 16-bit table entries, a block of 64 columns is summed by four products, its scale is one float32 multiply-add on that
 // sum; bias and the low-rank term are added in float32, and the result is rounded once.
-// Layout: `Linear4bit` in linear_4bit_problem.cuh. A row tile is 16 rows, a chunk is BLOCKS blocks of 64 columns, a stage is
-// one row tile by one chunk, a token tile is 8 tokens.
-// Grid: CTA i of G owns the row tiles [tiles * i / G, tiles * (i + 1) / G), at most ROW_TILES of them, over all of K. Its
-// warps take chunks in turn: a warp keeps its chunk's tokens in registers, walks over the row tiles, and keeps one
+// Layout: `Linear4bit` in linear_4bit_problem.cuh. A row tile is 16 rows, a chunk is BLOCKS blocks of 64 columns, a
+// stage is one row tile by one chunk, a token tile is 8 tokens.
+// Grid: CTA i of G owns the row tiles [tiles * i / G, tiles * (i + 1) / G), at most ROW_TILES of them, over all of K.
+// Its warps take chunks in turn: a warp keeps its chunk's tokens in registers, walks over the row tiles, and keeps one
 // accumulator a tile; so there is no barrier until the warps' sums are added, in the order of the warps, at the end.
 // Packed bytes stream through a ring of STAGES a warp, which is what keeps enough of them on the way to fill the memory
 // bus: rows are read in pieces of 64 or 128 bytes, and no repacking is needed.
@@ -40,8 +40,8 @@ template <int ROW_TILES_, int TOKEN_TILES_, int WARPS_, int BLOCKS_> struct Smal
     static_assert(BLOCKS == 2 || BLOCKS == 4, "a scale or two a lane");
 };
 
-// Dynamic shared memory of a launch: the pair table, the dynamic map, the larger of the rings and the warps' sums, and one
-// more slice of sums where there is a low-rank term. rust/cuda/src/heuristics.rs holds the same formula.
+// Dynamic shared memory of a launch: the pair table, the dynamic map, the larger of the rings and the warps' sums, and
+// one more slice of sums where there is a low-rank term. rust/cuda/src/heuristics.rs holds the same formula.
 template <typename SHAPE> struct SmallMemory {
     static constexpr int RINGS = SHAPE::WARPS * SHAPE::STAGES * SHAPE::STAGE_BYTES;
     static constexpr int SUMS = SHAPE::WARPS * SHAPE::SLICE * 4;
@@ -81,33 +81,29 @@ template <typename SHAPE> struct WeightRing {
     const uint8_t* codes;
     BlockScales scales;
     char* ring;
-    int first_tile, tiles, rows, row_bytes, blocks64;
-    int remaining;  // stages yet to be issued
-    int chunk, tile, slot;
+    int first_tile, tiles, rows, row_bytes, blocks64, chunks;
+    int chunk, tile, slot;  // of the next stage
     RawScale raw[SHAPE::SCALES_PER_LANE];
 
-    // Issues the next stage, tiles inner and chunks outer; the scales stay in `raw`. Addresses past the last row or column
-    // are clamped: such rows are not stored, such columns meet x = 0.
+    // Issues the next stage, tiles inner and chunks outer; the scales stay in `raw`. Addresses past the last row or
+    // column are clamped: such rows are not stored, such columns meet x = 0.
     __device__ __forceinline__ void issue() {
-        if (remaining > 0) {
+        if (chunk < chunks) {
             const int lane = threadIdx.x % 32;
-            const int row0 = (first_tile + tile) * 16;
-            const uint32_t stage = shared_address(ring) + slot * SHAPE::STAGE_BYTES;
+            constexpr int PIECES = 2 * SHAPE::BLOCKS;  // 16-byte pieces of a row; 32 / PIECES rows at once
+            const int row0 = (first_tile + tile) * 16, last_row = rows - 1 - row0, lane_row = lane / PIECES;
+            const int column = min(chunk * (32 * SHAPE::BLOCKS) + lane % PIECES * 16, row_bytes - 16);
+            const uint8_t* from = at_row(codes + column, row0, row_bytes);
+            // The permutation is the same for all of a lane's rows.
+            const uint32_t to = shared_address(ring) + slot * SHAPE::STAGE_BYTES + lane_row * (32 * SHAPE::BLOCKS) +
+                                swizzled_block<SHAPE>(lane % PIECES / 2, lane_row) * 32 + lane % 2 * 16;
 #pragma unroll
-            for (int i = 0; i < SHAPE::BLOCKS; i++) {
-                constexpr int PIECES = 2 * SHAPE::BLOCKS;  // 16-byte pieces of a row
-                const int row = (i * 32 + lane) / PIECES, piece = lane % PIECES;
-                const int column = min(chunk * (32 * SHAPE::BLOCKS) + piece * 16, row_bytes - 16);
-                const int64_t from = static_cast<int64_t>(min(row0 + row, rows - 1)) * row_bytes + column;
-                copy_16(stage + row * (32 * SHAPE::BLOCKS) + swizzled_block<SHAPE>(piece / 2, row) * 32 + piece % 2 * 16,
-                        codes + from);
-            }
+            for (int i = 0; i < SHAPE::BLOCKS; i++)
+                copy_16(to + i * 512, at_row(from, min(i * (32 / PIECES) + lane_row, last_row), row_bytes));
+            const int row = min(row0 + lane / 2, rows - 1);
+            const int block = chunk * SHAPE::BLOCKS + lane % 2 * SHAPE::SCALES_PER_LANE;
 #pragma unroll
-            for (int i = 0; i < SHAPE::SCALES_PER_LANE; i++) {
-                const int block = chunk * SHAPE::BLOCKS + lane % 2 * SHAPE::SCALES_PER_LANE + i;
-                raw[i] = scales.load(min(row0 + lane / 2, rows - 1), min(block, blocks64 - 1));
-            }
-            remaining--;
+            for (int i = 0; i < SHAPE::SCALES_PER_LANE; i++) raw[i] = scales.load(row, min(block + i, blocks64 - 1));
             if (++tile == tiles) {
                 tile = 0;
                 chunk += SHAPE::WARPS;
@@ -142,7 +138,8 @@ template <typename T, typename SHAPE> struct TokenChunk {
                 const int token = n * 8 + group, column = (chunk * SHAPE::BLOCKS + b) * 64 + quad * 16;
                 low[b][n] = high[b][n] = make_uint4(0, 0, 0, 0);
                 if (token < p.M && column < p.K) {
-                    const uint4* from = reinterpret_cast<const uint4*>(p.x + static_cast<int64_t>(token) * p.K + column);
+                    const T* x = p.x + static_cast<int64_t>(token) * p.K + column;
+                    const uint4* from = reinterpret_cast<const uint4*>(x);
                     low[b][n] = __ldcg(from);
                     high[b][n] = __ldcg(from + 1);
                 }
@@ -211,13 +208,15 @@ __device__ __forceinline__ void linear_4bit(const Linear4bit<T>& p, const Codebo
     const int first_tile = static_cast<int64_t>(all_tiles) * blockIdx.x / gridDim.x;
     const int tiles = static_cast<int>(static_cast<int64_t>(all_tiles) * (blockIdx.x + 1) / gridDim.x) - first_tile;
     const int blocks64 = p.K / 64, chunks = (blocks64 + SHAPE::BLOCKS - 1) / SHAPE::BLOCKS;
-    const int own_chunks = (chunks - warp + SHAPE::WARPS - 1) / SHAPE::WARPS;
 
     const bool nested = p.scales.group_scale != nullptr;
     const int blocks_per_row = (p.K + (1 << p.block_shift) - 1) >> p.block_shift;
-    const BlockScales scales = {p.scales, nested ? __ldg(p.scales.offset) : 0.f, map, blocks_per_row, p.block_shift - 6};
-    WeightRing<SHAPE> ring = {p.codes, scales, rings + warp * (SHAPE::STAGES * SHAPE::STAGE_BYTES), first_tile, tiles, p.N,
-                              p.K / 2, blocks64, own_chunks * tiles, warp, 0, 0, {}};
+    const float offset = nested ? __ldg(p.scales.offset) : 0.f;
+    const BlockScales scales = {p.scales, offset, map, blocks_per_row, p.block_shift - 6};
+    char* own_ring = rings + warp * (SHAPE::STAGES * SHAPE::STAGE_BYTES);
+    const int own_chunks = tiles > 0 ? chunks : 0;
+    WeightRing<SHAPE> ring = {p.codes, scales, own_ring, first_tile, tiles, p.N, p.K / 2, blocks64,
+                              own_chunks, warp, 0, 0, {}};
     WeightRing<SHAPE> first_stage = ring;
     first_stage.issue();
     ring = first_stage;
@@ -264,8 +263,8 @@ __device__ __forceinline__ void linear_4bit(const Linear4bit<T>& p, const Codebo
         for (int n = 0; n < SHAPE::TOKEN_TILES; n++)
 #pragma unroll
             for (int i = 0; i < 4; i++)
-                partial[warp * SHAPE::SLICE + (n * 8 + quad * 2 + i % 2) * SHAPE::PITCH + tile * 16 + group + i / 2 * 8] =
-                    sums[tile][n][i];
+                partial[warp * SHAPE::SLICE + (n * 8 + quad * 2 + i % 2) * SHAPE::PITCH + tile * 16 + group +
+                        i / 2 * 8] = sums[tile][n][i];
     __syncthreads();
     const int rows = min(tiles * 16, p.N - first_tile * 16);
     for (int i = threadIdx.x; i < rows * p.M; i += SHAPE::THREADS) {

@@ -1,4 +1,4 @@
-// Fragments of the low-rank term lora_scale * (x A^T) B^T for m16n8k16, loaded straight from global memory.
+// The low-rank term lora_scale * (x A^T) B^T: operands of 16-bit pairs, loaded straight from global memory.
 #pragma once
 
 #include <stdint.h>

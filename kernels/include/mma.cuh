@@ -5,9 +5,9 @@
 #include <cuda_fp16.h>
 #include <stdint.h>
 
-// d += A B. A: rows group (a0, a2) and group + 8 (a1, a3); B: column group; each register holds two neighbours in k, the
-// first in the low half. d[0..1]: row group, columns 2 quad and 2 quad + 1; d[2..3]: row group + 8.
-// The k that a slot stands for is free as long as A and B agree, which lets fragments be fed from row-major nibbles.
+// d += A B. A: rows group (a0, a2) and group + 8 (a1, a3); B: column group; each register holds two neighbours in k,
+// the first in the low half. d[0..1]: row group, columns 2 quad and 2 quad + 1; d[2..3]: row group + 8. The k that a
+// slot stands for is free as long as A and B agree, which lets fragments be fed from row-major nibbles.
 template <typename T>
 __device__ __forceinline__ void mma_16x8x16(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3,
                                             uint32_t b0, uint32_t b1);

@@ -1,4 +1,4 @@
-// How a tile of sums becomes output: the low-rank term before, the sum over a cluster, bias and rounding after.
+// What the tiled products share: the low-rank term's tokens; the sum over a cluster, bias, rounding and output.
 #pragma once
 
 #include <stdint.h>
@@ -10,29 +10,16 @@
 #include "lora_term.cuh"
 #include "mma.cuh"
 
-// The low-rank term of a warp's tile, sixteen ranks at a time; the CTAs of a cluster take turns. The sums start at zero.
-template <typename T, int ROW_TILES, int TOKEN_TILES>
-__device__ __forceinline__ void add_lora(const Linear4bit<T>& p, int row0, int token0, int rank, int ranks,
-                                         float (&sums)[ROW_TILES][TOKEN_TILES][4]) {
-    for (int k = rank * 16; k < p.lora.rank; k += ranks * 16) {
-        uint32_t a[ROW_TILES][4];
-#pragma unroll
-        for (int r = 0; r < ROW_TILES; r++) load_rank_rows(p.lora.b, row0 + r * 16, p.N, k, p.lora.rank, a[r]);
-#pragma unroll
-        for (int n = 0; n < TOKEN_TILES; n++) {
-            uint32_t b[2];
-            load_rank_tokens(p.lora.xa, token0 + n * 8, p.M, k, p.lora.rank, b);
-#pragma unroll
-            for (int r = 0; r < ROW_TILES; r++)
-                mma_16x8x16<T>(sums[r][n], a[r][0], a[r][1], a[r][2], a[r][3], b[0], b[1]);
-        }
+// Ranks k ... k + 63 of x A^T for a tile of tokens, zero past the ends, as a stage of tokens in shared memory: rows of
+// 128 bytes, whose 16-byte piece p lies at p ^ (token & MASK). Every thread of the CTA calls this, and a barrier
+// follows.
+template <typename T, int TOKENS, int MASK>
+__device__ __forceinline__ void fill_rank_stage(char* stage, const Linear4bit<T>& p, int token0, int k) {
+    for (int i = threadIdx.x; i < TOKENS * 32; i += blockDim.x) {
+        const int token = i / 32, pair = i % 32;
+        *reinterpret_cast<uint32_t*>(stage + token * 128 + (pair / 4 ^ (token & MASK)) * 16 + pair % 4 * 4) =
+            load_rank_pair(p.lora.xa, token0 + token, p.M, k + pair * 2, p.lora.rank);
     }
-#pragma unroll
-    for (int r = 0; r < ROW_TILES; r++)
-#pragma unroll
-        for (int n = 0; n < TOKEN_TILES; n++)
-#pragma unroll
-            for (int i = 0; i < 4; i++) sums[r][n][i] *= p.lora.scale;
 }
 
 // Adds what the CTAs of the cluster summed, in the order of their ranks, and writes this CTA's share of the tile.
@@ -47,6 +34,7 @@ __device__ __forceinline__ void write_tile(const Linear4bit<T>& p, const float* 
         if (row >= p.N) continue;
         const uint32_t at = shared_address(tile + token * SHAPE::PITCH + run);
         float sum[RUN] = {};
+#pragma unroll 1
         for (int r = 0; r < ranks; r++) {
             const float4 first = load_from_rank(at, r), second = load_from_rank(at + 16, r);
             sum[0] += first.x, sum[1] += first.y, sum[2] += first.z, sum[3] += first.w;

@@ -13,8 +13,8 @@ struct Codebook {
 
 constexpr int PAIR_TABLE_BYTES = 256 * 32 * 4;
 
-// Every thread of the CTA calls this before the first lookup, and a barrier follows. Entries are rounded to T: 2^-9 of a
-// weight for bfloat16, 2^-12 for float16.
+// Every thread of the CTA calls this before the first lookup, and a barrier follows. Entries are rounded to T: 2^-9 of
+// a weight for bfloat16, 2^-12 for float16.
 template <typename T, int THREADS>
 __device__ __forceinline__ void write_pair_table(char* table, const Codebook& codebook) {
     constexpr int SHARERS = THREADS / 256;  // threads that write one entry's eight 16-byte pieces

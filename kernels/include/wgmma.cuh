@@ -1,15 +1,16 @@
 // Hopper's warpgroup product (sm_90a only): d[64, N] += A[64, 16] B[16, N], A in registers, B in shared memory.
 //
 // Lane (group, quad) of warp w of the four holds, as in m16n8k16, A's rows 16 w + group (a0, a2) and + 8 (a1, a3) at
-// columns 2 quad, + 1 (a0, a1) and + 8 (a2, a3); d[4 j + i] is row 16 w + group + 8 (i / 2), column 8 j + 2 quad + i % 2.
+// columns 2 quad, + 1 (a0, a1) and + 8 (a2, a3); d[4 j + i] is row 16 w + group + 8 (i / 2), column 8 j + 2 quad + i %
+// 2.
 #pragma once
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <stdint.h>
 
-// A copy of `value` that is made after the wait before it. `zero` is 0 in a way that the compiler cannot know, or it would
-// merge the two registers and, finding that a product's input is written while products run, run them one by one.
+// A copy of `value` that is made after the wait before it. `zero` is 0 in a way that the compiler cannot know, or it
+// would merge the two registers and, finding that a product's input is written while products run, run them one by one.
 __device__ __forceinline__ uint32_t take_after_wait(uint32_t value, uint32_t zero) {
     uint32_t copy;
     asm volatile("xor.b32 %0, %1, %2;" : "=r"(copy) : "r"(value), "r"(zero) : "memory");
@@ -22,43 +23,17 @@ template <int PENDING> __device__ __forceinline__ void wait_products() {
 // Makes this thread's landed copies and stores to shared memory visible to the products (after a barrier).
 __device__ __forceinline__ void fence_for_products() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
-// B as rows of 64 16-bit columns (128 bytes), whose 16-byte piece p lies at p ^ (row % 8); `at` is the shared address of
-// row 0, a multiple of 1024, plus 32 for each step of 16 columns.
+// B as rows of 64 16-bit columns (128 bytes), whose 16-byte piece p lies at p ^ (row % 8); `at` is the shared address
+// of row 0, a multiple of 1024, plus 32 for each step of 16 columns.
 __device__ __forceinline__ uint64_t describe_rows(uint32_t at) {
     constexpr uint64_t SWIZZLE_128 = 1ull << 62, EIGHT_ROWS = 1024 / 16;
     return SWIZZLE_128 | EIGHT_ROWS << 32 | 1ull << 16 | (at & 0x3ffffu) >> 4;
 }
 
-// Starts the four products of 64 columns and returns: a[4 step ...] times B's columns 16 step and on. Until they are waited
-// for, neither `d` nor `a` may be touched. One statement, so that nothing gets between them: ptxas would run them one by
-// one.
+// Starts the four products of 64 columns and returns: a[4 step ...] times B's columns 16 step and on. Until they are
+// waited for, neither `d` nor `a` may be touched. One statement, so that nothing gets between them: ptxas would run
+// them one by one.
 template <typename T, int N> struct WarpgroupProduct;
-
-#define WARPGROUP_STEP_32(TYPES, INPUTS)                                                                               \
-    "wgmma.mma_async.sync.aligned.m64n32k16.f32." TYPES " {"                                                           \
-    "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"                                             \
-    "}, " INPUTS ", accumulate, 1, 1, 0; "
-
-#define DEFINE_WARPGROUP_PRODUCT_32(T, TYPES)                                                                          \
-    template <> struct WarpgroupProduct<T, 32> {                                                                       \
-        static __device__ __forceinline__ void start(float (&d)[16], const uint32_t (&a)[16], uint64_t b) {            \
-            asm volatile("{ .reg .pred accumulate; setp.ne.b32 accumulate, 1, 0; wgmma.fence.sync.aligned; "           \
-                         WARPGROUP_STEP_32(TYPES, "{%16, %17, %18, %19}, %32")                                         \
-                         WARPGROUP_STEP_32(TYPES, "{%20, %21, %22, %23}, %33")                                         \
-                         WARPGROUP_STEP_32(TYPES, "{%24, %25, %26, %27}, %34")                                         \
-                         WARPGROUP_STEP_32(TYPES, "{%28, %29, %30, %31}, %35")                                         \
-                         "wgmma.commit_group.sync.aligned; }"                                                          \
-                         : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]),         \
-                           "+f"(d[7]), "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]),     \
-                           "+f"(d[14]), "+f"(d[15])                                                                    \
-                         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(a[4]), "r"(a[5]), "r"(a[6]), "r"(a[7]),     \
-                           "r"(a[8]), "r"(a[9]), "r"(a[10]), "r"(a[11]), "r"(a[12]), "r"(a[13]), "r"(a[14]),           \
-                           "r"(a[15]), "l"(b), "l"(b + 2), "l"(b + 4), "l"(b + 6)                                      \
-                         : "memory");                                                                                  \
-        }                                                                                                              \
-    }
-DEFINE_WARPGROUP_PRODUCT_32(__nv_bfloat16, "bf16.bf16");
-DEFINE_WARPGROUP_PRODUCT_32(__half, "f16.f16");
 
 #define WARPGROUP_STEP_64(TYPES, INPUTS)                                                                               \
     "wgmma.mma_async.sync.aligned.m64n64k16.f32." TYPES " {"                                                           \

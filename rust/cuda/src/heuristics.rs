@@ -1,0 +1,273 @@
+//! Which kernel multiplies how many tokens with a packed weight, and on which grid: a pure function of shape and device.
+//!
+//! The rules were set by measurements on an H100 (132 SMs, 3.0 TB/s of copy), doubly quantized NF4, bf16, graph replay with
+//! dependent launch, weights rotated past the L2; microseconds stand beside the rule that they set.
+
+/// What decides: the shape of `y[M, N] = x[M, K] W[N, K]^T` and whether it has a low-rank term.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Product {
+    /// Tokens, `M`.
+    pub tokens: u32,
+    /// Output features, `N`.
+    pub rows: u64,
+    /// Input features, `K`.
+    pub columns: u64,
+    /// Elements of a block of the weight, a power of two.
+    pub block_size: u32,
+    /// Whether a low-rank term is added.
+    pub lora: bool,
+}
+
+/// What the device is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Target {
+    /// Compute capability times ten: 90 for Hopper.
+    pub sm: u32,
+    /// Streaming multiprocessors.
+    pub sms: u32,
+    /// Most dynamic shared memory that one block may ask for, in bytes.
+    pub shared_bytes: u32,
+}
+
+/// A launch: `entry` is the kernel's name but for the type (`bf16` or `f16`), which stands between `file` and it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Plan {
+    /// Stem of the kernel file, without the type: `linear_4bit`.
+    pub file: &'static str,
+    /// What follows the type in the kernel's name: `t4_n1_w8_c4`.
+    pub entry: &'static str,
+    /// The grid; where `grid.2 > 1` it is also the cluster's extent in z.
+    pub grid: (u32, u32, u32),
+    /// Threads of a CTA.
+    pub threads: u32,
+    /// Dynamic shared memory in bytes.
+    pub shared_bytes: u32,
+}
+
+/// Most tokens that are worth a fused product; above, dequantizing for cuBLAS is at least as fast.
+pub const MOST_TOKENS: u32 = 256;
+
+/// Pair table and dynamic map, which every kernel here keeps in shared memory.
+const TABLES: u32 = 32 * 1024 + 1024;
+
+/// Whether the kernels take this shape; the caller dequantizes otherwise. Addresses: codes, x and y lie at multiples of 16
+/// bytes, xa and B at multiples of 4.
+#[must_use]
+pub fn supported(product: &Product, target: &Target) -> bool {
+    let Product { tokens, rows, columns, block_size, .. } = *product;
+    (1..=MOST_TOKENS).contains(&tokens)
+        && target.sm >= 80
+        && (1..1 << 31).contains(&rows)
+        && (64..1 << 30).contains(&columns)
+        && columns.is_multiple_of(64)
+        && block_size.is_power_of_two()
+        && (64..=4096).contains(&block_size)
+        && rows * columns.div_ceil(u64::from(block_size)) < 1 << 31
+}
+
+/// The launch for a supported product.
+#[must_use]
+pub fn plan(product: &Product, target: &Target) -> Plan {
+    match product.tokens {
+        0..=8 => one_token_tile(product, target),
+        9..=16 => two_token_tiles(product, target),
+        17..=32 => four_token_tiles(product, target),
+        _ if target.sm == 90 => tiled(
+            match product.tokens {
+                0..=64 => &WGMMA_64,
+                65..=128 => &WGMMA_128,
+                _ => &WGMMA_256,
+            },
+            product,
+            target,
+        ),
+        33..=64 => tiled(&MMA_64, product, target),
+        _ => tiled(&MMA_128, product, target),
+    }
+}
+
+/// A configuration of `linear_4bit`: see `SmallShape` in `kernels/include/linear_4bit.cuh`.
+struct Small {
+    file: &'static str,
+    entry: &'static str,
+    row_tiles: u32,
+    token_tiles: u32,
+    warps: u32,
+    blocks: u32,
+}
+
+const MANY_ROWS: Small =
+    Small { file: "linear_4bit", entry: "t7_n1_w8_c4", row_tiles: 7, token_tiles: 1, warps: 8, blocks: 4 };
+const SOME_ROWS: Small =
+    Small { file: "linear_4bit", entry: "t4_n1_w8_c4", row_tiles: 4, token_tiles: 1, warps: 8, blocks: 4 };
+const FEW_ROWS: Small =
+    Small { file: "linear_4bit", entry: "t2_n1_w16_c2", row_tiles: 2, token_tiles: 1, warps: 16, blocks: 2 };
+const SIXTEEN_TOKENS: Small =
+    Small { file: "linear_4bit", entry: "t4_n2_w8_c2", row_tiles: 4, token_tiles: 2, warps: 8, blocks: 2 };
+const THIRTY_TWO_TOKENS: Small =
+    Small { file: "linear_4bit_wide", entry: "t7_n4_w8_c2", row_tiles: 7, token_tiles: 4, warps: 8, blocks: 2 };
+
+impl Small {
+    fn on(&self, ctas: u32, product: &Product) -> Plan {
+        let rings = self.warps * 3 * 16 * 36 * self.blocks;
+        let slice = self.token_tiles * 8 * (16 * self.row_tiles + 4) * 4;
+        Plan {
+            file: self.file,
+            entry: self.entry,
+            grid: (ctas, 1, 1),
+            threads: 32 * self.warps,
+            shared_bytes: TABLES + rings.max(self.warps * slice) + if product.lora { slice } else { 0 },
+        }
+    }
+}
+
+/// Tiles of 16 rows. `supported` bounds the rows by 2^31.
+fn row_tiles(product: &Product) -> u32 {
+    u32::try_from(product.rows.div_ceil(16)).unwrap_or(u32::MAX)
+}
+
+fn one_token_tile(product: &Product, target: &Target) -> Plan {
+    let tiles = row_tiles(product);
+    if tiles <= target.sms {
+        return FEW_ROWS.on(tiles, product); // 1024 x 4096: 2.7, SOME_ROWS 3.0
+    }
+    if tiles <= 2 * target.sms {
+        return match (product.columns > 8192, product.tokens > 4) {
+            (false, _) => SOME_ROWS.on(target.sms, product), // 4096 x 4096: 5.6, a tile a CTA 5.9
+            (true, false) => SOME_ROWS.on(tiles, product),   // 4096 x 14336: 14.0, FEW_ROWS 15.9
+            (true, true) => FEW_ROWS.on(target.sms, product), // 4096 x 14336: 17.6, SOME_ROWS 18.8
+        };
+    }
+    if tiles <= SOME_ROWS.row_tiles * 2 * target.sms {
+        return SOME_ROWS.on(2 * target.sms, product); // 14336 x 4096: 13.8, MANY_ROWS 14.4
+    }
+    MANY_ROWS.on(tiles.div_ceil(MANY_ROWS.row_tiles), product) // 28672 x 8192: 48.7, SOME_ROWS 52
+}
+
+fn two_token_tiles(product: &Product, target: &Target) -> Plan {
+    let tiles = row_tiles(product);
+    let ctas = if tiles <= 2 * target.sms {
+        tiles.min(target.sms) // 4096 x 14336: 25.1, a tile a CTA 30.1
+    } else {
+        let ctas = tiles.div_ceil(SIXTEEN_TOKENS.row_tiles);
+        // Whole waves of two CTAs an SM. 128256 x 4096: 151, without 168
+        if ctas <= 2 * target.sms { ctas } else { ctas.next_multiple_of(2 * target.sms) }
+    };
+    SIXTEEN_TOKENS.on(ctas, product)
+}
+
+fn four_token_tiles(product: &Product, target: &Target) -> Plan {
+    let tiles = row_tiles(product);
+    // Whole waves of one CTA an SM. 14336 x 4096: 26.1, MMA_64 about 31; 28672 x 8192: 96.5, about 119
+    let ctas = tiles.div_ceil(THIRTY_TWO_TOKENS.row_tiles).next_multiple_of(target.sms).min(tiles);
+    let plan = THIRTY_TWO_TOKENS.on(ctas, product);
+    if plan.shared_bytes <= target.shared_bytes { plan } else { tiled(&MMA_64, product, target) }
+}
+
+/// A configuration of `gemm_4bit` or `gemm_4bit_sm90`: 128 rows by `tokens`.
+struct Tiled {
+    file: &'static str,
+    entry: &'static str,
+    tokens: u32,
+    stages: u32,
+    ctas_an_sm: u32,
+}
+
+const MMA_64: Tiled = Tiled { file: "gemm_4bit", entry: "w8_r1_n8_s4", tokens: 64, stages: 4, ctas_an_sm: 2 };
+const MMA_128: Tiled = Tiled { file: "gemm_4bit", entry: "w4_r2_n8_s3", tokens: 128, stages: 3, ctas_an_sm: 1 };
+const WGMMA_64: Tiled = Tiled { file: "gemm_4bit_sm90", entry: "n64_s4", tokens: 64, stages: 4, ctas_an_sm: 2 };
+const WGMMA_128: Tiled = Tiled { file: "gemm_4bit_sm90", entry: "n128_s6", tokens: 128, stages: 6, ctas_an_sm: 1 };
+const WGMMA_256: Tiled = Tiled { file: "gemm_4bit_sm90", entry: "n256_s4", tokens: 256, stages: 4, ctas_an_sm: 1 };
+
+fn tiled(shape: &Tiled, product: &Product, target: &Target) -> Plan {
+    const ROWS: u32 = 128;
+    let tiles = u32::try_from(product.rows.div_ceil(u64::from(ROWS))).unwrap_or(u32::MAX);
+    let token_tiles = product.tokens.div_ceil(shape.tokens);
+    let stages = shape.stages * (shape.tokens * 128 + ROWS * 36);
+    let sums = shape.tokens * (ROWS + 4) * 4;
+    Plan {
+        file: shape.file,
+        entry: shape.entry,
+        grid: (token_tiles, tiles, splits(tiles * token_tiles, shape, product, target)),
+        threads: 256,
+        shared_bytes: TABLES + stages.max(sums),
+    }
+}
+
+/// How many CTAs of a cluster share K: as many as leave a tenth of the places free, because clusters do not pack into every
+/// processing cluster of the chip. 4096 x 14336, 128 tokens: 3 splits 58, 4 splits (128 of 132 places) 90, 2 splits 79.
+fn splits(ctas: u32, shape: &Tiled, product: &Product, target: &Target) -> u32 {
+    if target.sm < 90 {
+        return 1; // no clusters
+    }
+    let places = target.sms * shape.ctas_an_sm * 9 / 10;
+    let fits = |&splits: &u32| u64::from(ctas) * u64::from(splits) <= u64::from(places);
+    let worth = |&splits: &u32| product.columns / 64 / u64::from(splits) >= 4; // stages a CTA
+    [8, 6, 4, 3, 2].into_iter().find(|splits| fits(splits) && worth(splits)).unwrap_or(1)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const H100: Target = Target { sm: 90, sms: 132, shared_bytes: 227 * 1024 };
+    const AMPERE: Target = Target { sm: 86, sms: 84, shared_bytes: 99 * 1024 };
+
+    fn product(tokens: u32, rows: u64, columns: u64) -> Product {
+        Product { tokens, rows, columns, block_size: 64, lora: true }
+    }
+
+    fn launch(tokens: u32, rows: u64, columns: u64) -> (&'static str, (u32, u32, u32)) {
+        let plan = plan(&product(tokens, rows, columns), &H100);
+        (plan.entry, plan.grid)
+    }
+
+    #[test]
+    fn measured_shapes_get_what_was_fastest() {
+        assert_eq!(launch(1, 1024, 4096), ("t2_n1_w16_c2", (64, 1, 1)));
+        assert_eq!(launch(1, 4096, 4096), ("t4_n1_w8_c4", (132, 1, 1)));
+        assert_eq!(launch(4, 4096, 14336), ("t4_n1_w8_c4", (256, 1, 1)));
+        assert_eq!(launch(8, 4096, 14336), ("t2_n1_w16_c2", (132, 1, 1)));
+        assert_eq!(launch(1, 14336, 4096), ("t4_n1_w8_c4", (264, 1, 1)));
+        assert_eq!(launch(1, 28672, 8192), ("t7_n1_w8_c4", (256, 1, 1)));
+        assert_eq!(launch(16, 4096, 4096), ("t4_n2_w8_c2", (132, 1, 1)));
+        assert_eq!(launch(16, 14336, 4096), ("t4_n2_w8_c2", (224, 1, 1)));
+        assert_eq!(launch(32, 14336, 4096), ("t7_n4_w8_c2", (132, 1, 1)));
+        assert_eq!(launch(32, 28672, 8192), ("t7_n4_w8_c2", (264, 1, 1)));
+        assert_eq!(launch(64, 14336, 4096), ("n64_s4", (1, 112, 2)));
+        assert_eq!(launch(64, 4096, 14336), ("n64_s4", (1, 32, 6)));
+        assert_eq!(launch(128, 4096, 14336), ("n128_s6", (1, 32, 3)));
+        assert_eq!(launch(256, 28672, 8192), ("n256_s4", (1, 224, 1)));
+    }
+
+    #[test]
+    fn every_row_tile_has_a_place_on_every_device() {
+        for target in [H100, AMPERE] {
+            for rows in [1, 15, 16, 17, 1000, 2112, 4096, 11008, 14336, 28672, 128_256] {
+                for tokens in 1..=MOST_TOKENS {
+                    let product = product(tokens, rows, 4096);
+                    let plan = plan(&product, &target);
+                    assert!(plan.shared_bytes <= target.shared_bytes, "{product:?} on {target:?}: {plan:?}");
+                    assert!(target.sm >= 90 || plan.grid.2 == 1);
+                    if plan.file.starts_with("linear_4bit") {
+                        let most = plan.entry[1..2].parse::<u32>().expect("a digit");
+                        assert!(row_tiles(&product).div_ceil(plan.grid.0) <= most, "{product:?}: {plan:?}");
+                    } else {
+                        assert!(u64::from(plan.grid.1) * 128 >= rows);
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn shapes_that_the_kernels_cannot_take_are_refused() {
+        assert!(supported(&product(256, 17, 64), &H100));
+        for odd in [product(0, 16, 64), product(257, 16, 64), product(1, 0, 64), product(1, 16, 96), product(1, 16, 0)]
+        {
+            assert!(!supported(&odd, &H100), "{odd:?}");
+        }
+        assert!(!supported(&Product { block_size: 32, ..product(1, 16, 64) }, &H100));
+        assert!(!supported(&product(1, 16, 64), &Target { sm: 75, ..AMPERE }));
+    }
+}

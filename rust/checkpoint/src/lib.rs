@@ -1,11 +1,13 @@
 //! Files: reads safetensors in slices, quantizes on the way, writes packed checkpoints. Depends on the numbers alone.
 //!
 //! [`header`] is what a file says of itself, [`plan`] what is to be written where, [`reader`] the one pass over the
-//! source, [`hasher`] what proves it, [`writer`] the shards, [`pack`] the pipeline of them all.
+//! source, [`hasher`] what proves it, [`writer`] the shards, [`pack`] the pipeline of them all. [`load`] brings tensors
+//! from files into other memory.
 
 pub mod error;
 pub mod hasher;
 pub mod header;
+pub mod load;
 pub mod pack;
 pub mod plan;
 pub mod reader;
@@ -13,5 +15,6 @@ pub mod writer;
 
 pub use error::CheckpointError;
 pub use header::{Header, Tensor};
+pub use load::{FileTargets, LoadError, LoadOptions, Target, load};
 pub use pack::{PackOptions, pack};
 pub use plan::{Plan, PlanRequest};

@@ -18,6 +18,7 @@ pub mod pack;
 pub mod parallel;
 pub mod quantize;
 pub mod simd;
+pub mod sink;
 pub mod spec;
 
 pub use codebook::{Codebook, Search};
@@ -31,4 +32,5 @@ pub use layout::{Layout, NESTED_BLOCK_SIZE};
 pub use parallel::Parallel;
 pub use quantize::{Nonfinite, quantize};
 pub use simd::{SimdLevel, simd_level};
+pub use sink::{ByteSink, Piece};
 pub use spec::{BLOCK_SIZES, QuantSpec, QuantType};

@@ -8,6 +8,7 @@ pub mod error;
 pub mod launch;
 mod modules;
 pub mod quantize;
+pub mod upload;
 
 pub use context::{Device, device};
 pub use dequantize::{DeviceScales, dequantize};
@@ -15,3 +16,4 @@ pub use double_quantize::Nested;
 pub use error::CudaError;
 pub use launch::{DevicePtr, Queue};
 pub use quantize::{Quantized, quantize};
+pub use upload::Uploader;

@@ -4,6 +4,7 @@ mod boundary;
 mod checkpoint;
 mod cuda;
 mod device;
+mod load;
 mod quantize;
 mod spec;
 
@@ -22,6 +23,8 @@ mod _core {
     use super::cuda::{DeviceWeight, cuda_quantize, cuda_warmup};
     #[pymodule_export]
     use super::device::driver_probe;
+    #[pymodule_export]
+    use super::load::cuda_load;
     #[pymodule_export]
     use super::quantize::{dequantize, double_quantize, dynamic_map, quantize, simd_level};
     #[pymodule_export]

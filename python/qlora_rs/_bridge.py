@@ -7,6 +7,7 @@ queued on torch's current stream, its memory comes from torch's allocator.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -204,3 +205,32 @@ def warmup(device: torch.device) -> None:
     """Compile every kernel for a CUDA device now."""
     current = torch.cuda.current_device() if torch.cuda.is_initialized() else 0
     _core.cuda_warmup(current if device.index is None else device.index)
+
+
+# Enough to fill a link of 50 GB/s from the page cache; each thread has two buffers of pinned memory.
+_LOAD_THREADS = 8
+_LOAD_BUFFER_BYTES = 4 << 20
+
+
+def span(tensor: Tensor) -> tuple[int, int]:
+    """What tells the memory of one contiguous tensor from that of others."""
+    return tensor.data_ptr(), tensor.nbytes
+
+
+def load(files: Mapping[str, Sequence[tuple[str, Tensor]]], device: torch.device) -> None:
+    """Fill tensors of a CUDA device from safetensors files: by path, names in the file and where each one goes.
+
+    It waits for what is queued on torch's current stream; all values are there when it returns.
+    """
+
+    def place(tensor: Tensor) -> tuple[int, int]:
+        address, elements = _memory(tensor)
+        return address, elements * tensor.element_size()
+
+    _core.cuda_load(
+        [(path, [(name, place(tensor)) for name, tensor in places]) for path, places in files.items()],
+        queue=_queue(device),
+        buffer_bytes=_LOAD_BUFFER_BYTES,
+        num_threads=min(_LOAD_THREADS, torch.get_num_threads()),
+        progress=None,
+    )

@@ -11,6 +11,36 @@ NESTED_BLOCK_SIZE: Final[int]
 __version__: Final[str]
 
 @final
+class DeviceWeight:
+    """
+    A packed weight in device memory, checked once. The caller keeps its tensors alive, and makes a new one when they move.
+    """
+    def __new__(
+        cls,
+        /,
+        spec: Spec,
+        *,
+        layout: tuple[SupportsIndex, SupportsIndex, SupportsIndex],
+        codes: tuple[SupportsIndex, SupportsIndex],
+        absmax: tuple[SupportsIndex, SupportsIndex],
+        scale: tuple[SupportsIndex, SupportsIndex] | None,
+        offset: tuple[SupportsIndex, SupportsIndex] | None,
+    ) -> DeviceWeight:
+        """
+        Scales are doubly quantized iff the spec says so; only then `scale` and `offset` are given.
+        """
+    def dequantize(
+        self,
+        /,
+        queue: tuple[SupportsIndex, SupportsIndex],
+        out: tuple[SupportsIndex, SupportsIndex],
+        dtype: SupportsIndex,
+    ) -> None:
+        """
+        Write the float weight to `out` (elements of `dtype`).
+        """
+
+@final
 class Spec:
     """
     How weights become codes; made once, valid from then on.
@@ -38,6 +68,50 @@ class Spec:
         """
         Code of the value nearest zero.
         """
+
+def cuda_load(
+    files: SupportsGetItem[
+        int, tuple[str | PathLike[str], SupportsGetItem[int, tuple[str, tuple[SupportsIndex, SupportsIndex]]]]
+    ],
+    *,
+    queue: tuple[SupportsIndex, SupportsIndex],
+    buffer_bytes: SupportsIndex,
+    num_threads: SupportsIndex,
+    progress: Any | None,
+) -> None:
+    """
+    Read tensors of safetensors files, each `(path, [(tensor, (address, bytes)), ...])`, into memory of the queue's device,
+    after what is queued on its stream; all of it has arrived when the call returns.
+    """
+
+def cuda_quantize(
+    spec: Spec,
+    *,
+    queue: tuple[SupportsIndex, SupportsIndex],
+    layout: tuple[SupportsIndex, SupportsIndex, SupportsIndex],
+    source: tuple[SupportsIndex, SupportsIndex],
+    dtype: SupportsIndex,
+    codes: tuple[SupportsIndex, SupportsIndex],
+    absmax: tuple[SupportsIndex, SupportsIndex],
+    nested: tuple[
+        tuple[SupportsIndex, SupportsIndex],
+        tuple[SupportsIndex, SupportsIndex],
+        tuple[SupportsIndex, SupportsIndex],
+        tuple[SupportsIndex, SupportsIndex],
+        tuple[SupportsIndex, SupportsIndex],
+    ]
+    | None,
+    nonfinite: tuple[SupportsIndex, SupportsIndex] | None,
+) -> None:
+    """
+    Quantize `source` into `codes` and float32 `absmax`, and these again into `nested`, which is given iff the spec asks for
+    it; `nonfinite` (int32 `[1]`, or None) becomes 1 where NaN or Inf is seen, else 0.
+    """
+
+def cuda_warmup(device: SupportsIndex) -> None:
+    """
+    Compile every kernel for this device now, so that none is compiled in a graph capture or a timed step.
+    """
 
 def dequantize(
     spec: Spec,

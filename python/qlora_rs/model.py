@@ -13,11 +13,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from qlora_rs import ops
+from qlora_rs import _core, ops
 from qlora_rs.checkpoint.choice import FLOAT_DTYPES as FLOAT_DTYPE_NAMES
 from qlora_rs.checkpoint.inspection import inspect
-from qlora_rs.checkpoint.source import open_source, read_config, require_folder
-from qlora_rs.errors import FormatError, NonFiniteError, UnsupportedError, first_line, require_extra
+from qlora_rs.checkpoint.placing import MappedFolder
+from qlora_rs.checkpoint.source import find_quantization_config, open_source, read_config, require_folder
+from qlora_rs.errors import DeviceError, FormatError, NonFiniteError, UnsupportedError, first_line, require_extra
 from qlora_rs.linear import Linear4bit
 from qlora_rs.lora import replace_module
 from qlora_rs.packed import FLOAT_DTYPES
@@ -41,9 +42,10 @@ def from_pretrained(
         path: a model folder (``config.json``, safetensors).
         spec: how to quantize; NF4 in doubly quantized blocks of 64 by default. For a packed folder None, or what it
             was packed with.
-        dtype: of everything that stays in floats, and of the arithmetic. ``"auto"``: bfloat16 where the processor
-            computes it fast, else float32.
-        device: only the CPU in this version.
+        dtype: of everything that stays in floats, and of the arithmetic. ``"auto"``: bfloat16 where the device
+            computes it fast, else float32 (a CUDA device: float16).
+        device: the CPU, or one CUDA device (``"cuda"`` is torch's current one). There a packed file's bytes go straight
+            to the device, and float weights are quantized on it, one at a time.
 
     Returns:
         The transformers model that ``config.json`` names.
@@ -54,15 +56,15 @@ def from_pretrained(
         NonFiniteError: a weight that has to be quantized holds NaN or Inf.
         UnsupportedError: transformers is not installed or does not know the model, the folder is quantized by another
             library, or the device has no kernels.
+        DeviceError: there is no such device, or its driver fails.
         ValueError: ``spec`` is not what the folder was packed with, or ``dtype`` is no float type.
 
     >>> model = from_pretrained("SmolLM2-135M-nf4")  # doctest: +SKIP
     """
     folder = Path(path)
     require_folder(folder)
-    target = resolve_dtype(dtype)
-    if torch.device(device or "cpu").type not in ops.DEVICES:
-        raise UnsupportedError(f"no kernels for {device}: this version computes on {', '.join(ops.DEVICES)}")
+    place = resolve_device(device)
+    target = resolve_dtype(dtype, place)
     info = inspect(folder)
     transformers = require_extra("transformers", "transformers", "loading a model")
     from qlora_rs.integrations.transformers import QloraRsConfig
@@ -70,7 +72,7 @@ def from_pretrained(
     if info.spec is not None:
         if spec is not None and spec != info.spec:
             raise ValueError(f"{folder} is packed as {info.spec.describe()}; it cannot be loaded as {spec.describe()}")
-        return _load(transformers, folder, target, None)
+        return _load(transformers, folder, target, None, place)
     if info.config is not None:
         raise UnsupportedError(f"{folder}: is quantized by {info.format!r}; start from the 16-bit model")
     asked = QloraRsConfig.of(QuantSpec() if spec is None else spec)
@@ -78,7 +80,7 @@ def from_pretrained(
     # stays in floats is cast afterwards.
     stored = {FLOAT_DTYPE_NAMES[row.dtype] for row in info.tensors if row.dtype in FLOAT_DTYPE_NAMES}
     loaded = getattr(torch, stored.pop() if len(stored) == 1 else "float32")
-    model = _load(transformers, folder, loaded, asked)
+    model = _load(transformers, folder, loaded, asked, place)
     _cast(model, target)
     return model
 
@@ -125,10 +127,12 @@ def quantize_model(
     if not layers:
         raise ValueError("nothing to pack: the model has no Linear layer that could be")
     _check_weights(layers)
+    chosen = tuple(layers)
     before = _bytes(model)
     entries = []
     done, total = 0, sum(layer.weight.nbytes for layer in layers.values())
-    for name, layer in layers.items():
+    for name in chosen:
+        layer = layers.pop(name)  # so that its float weight is freed before the next is packed
         packed = Linear4bit.from_float(layer, spec).train(layer.training)
         replace_module(model, name, packed)
         size, dtype = layer.weight.nbytes, str(layer.weight.dtype).removeprefix("torch.")
@@ -142,7 +146,7 @@ def quantize_model(
         from qlora_rs.integrations.transformers import adopt
 
         adopt(model, spec, list(reasons))
-    return QuantizeReport(tuple(entries), _kept(model, layers, reasons), before, _bytes(model))
+    return QuantizeReport(tuple(entries), _kept(model, chosen, reasons), before, _bytes(model))
 
 
 def _check_weights(layers: dict[str, nn.Linear]) -> None:
@@ -154,7 +158,8 @@ def _check_weights(layers: dict[str, nn.Linear]) -> None:
                 f"{name}.weight is {weight.dtype} on {weight.device}; float32, bfloat16 and float16 on "
                 f"{', '.join(ops.DEVICES)} can be quantized: move or cast the model, or skip the layer"
             )
-        if not weight.is_meta and not torch.isfinite(weight).all():
+        # The extremes are NaN where one value is, and take no memory as a mask would.
+        if not weight.is_meta and weight.numel() and not torch.isfinite(torch.stack(torch.aminmax(weight))).all():
             bad = (~torch.isfinite(weight)).flatten()
             raise NonFiniteError(
                 f"{name}.weight holds {int(bad.sum())} NaN or infinite value(s), the first at flat index "
@@ -162,7 +167,7 @@ def _check_weights(layers: dict[str, nn.Linear]) -> None:
             )
 
 
-def _kept(model: nn.Module, packed: dict[str, nn.Linear], reasons: dict[str, str]) -> tuple[SkippedEntry, ...]:
+def _kept(model: nn.Module, packed: Sequence[str], reasons: dict[str, str]) -> tuple[SkippedEntry, ...]:
     entries = []
     for name, parameter in model.named_parameters():
         module_name, _, leaf = name.rpartition(".")
@@ -178,18 +183,45 @@ def _bytes(model: nn.Module) -> int:
     return sum(parameter.nbytes for parameter in model.parameters())
 
 
-def load_float(path: str | os.PathLike[str], dtype: torch.dtype | str = "auto") -> Any:
+def load_float(
+    path: str | os.PathLike[str], dtype: torch.dtype | str = "auto", device: torch.device | str | None = None
+) -> Any:
     """Load a folder in 16 or 32 bits as it is, in evaluation mode; arguments and errors as `from_pretrained`."""
     folder = Path(path)
     require_folder(folder)
-    target = resolve_dtype(dtype)
+    place = resolve_device(device)
+    target = resolve_dtype(dtype, place)
     open_source(folder)  # headers and index are checked before transformers sees them
-    return _load(require_extra("transformers", "transformers", "loading a model"), folder, target, None)
+    return _load(require_extra("transformers", "transformers", "loading a model"), folder, target, None, place)
 
 
-def resolve_dtype(dtype: torch.dtype | str) -> torch.dtype:
-    """The type that ``dtype`` stands for; ``"auto"`` is the one that this machine computes fast in."""
+def resolve_device(device: torch.device | str | None) -> torch.device:
+    """The device that ``device`` stands for, a CUDA one with its index.
+
+    Raises:
+        UnsupportedError: models are not loaded there.
+        DeviceError: there is no such device.
+    """
+    asked = torch.device("cpu" if device is None else device)
+    if asked.type == "cpu":
+        return asked
+    if asked.type != "cuda":
+        raise UnsupportedError(f"no kernels for {device}: this version computes on cpu and cuda")
+    count = torch.cuda.device_count()
+    if count == 0:
+        reason = _core.driver_probe()["reason"] or f"torch {torch.__version__} finds none"
+        raise DeviceError(f"there is no CUDA device: {reason}")
+    index = torch.cuda.current_device() if asked.index is None else asked.index
+    if index >= count:
+        raise DeviceError(f"there is no CUDA device {index}: torch sees {count}")
+    return torch.device("cuda", index)
+
+
+def resolve_dtype(dtype: torch.dtype | str, device: torch.device | None = None) -> torch.dtype:
+    """The type that ``dtype`` stands for; ``"auto"`` is the one that ``device`` (this machine) computes fast in."""
     if dtype == "auto":
+        if device is not None and device.type == "cuda":
+            return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
         fast = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
         return torch.bfloat16 if fast else torch.float32
     named = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
@@ -199,7 +231,7 @@ def resolve_dtype(dtype: torch.dtype | str) -> torch.dtype:
     return named
 
 
-def _load(transformers: Any, folder: Path, dtype: torch.dtype, quantization: Any | None) -> Any:
+def _load(transformers: Any, folder: Path, dtype: torch.dtype, quantization: Any | None, device: torch.device) -> Any:
     """Through transformers, with its silences turned into errors."""
     named: list[Any] = [
         getattr(transformers, str(name), None) for name in read_config(folder).get("architectures") or ()
@@ -208,16 +240,12 @@ def _load(transformers: Any, folder: Path, dtype: torch.dtype, quantization: Any
     options = {} if quantization is None else {"quantization_config": quantization}
     try:
         with _quiet(transformers):
-            model, info = cls.from_pretrained(
-                str(folder),
-                dtype=dtype,
-                local_files_only=True,
-                trust_remote_code=False,
-                use_safetensors=True,
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,  # so that they are told to us; they are no more welcome
-                **options,
-            )
+            if device.type == "cpu" or getattr(cls, "config_class", None) is None:
+                mapped, model, info = None, *_build(cls, str(folder), dtype, use_safetensors=True, **options)
+            else:
+                mapped, model, info = _build_mapped(transformers, cls, folder, dtype, quantization, device)
+    except torch.OutOfMemoryError:
+        raise
     except (RuntimeError, ValueError, KeyError, OSError) as error:
         failures = getattr(quantization, "failures", None)
         if failures:
@@ -225,6 +253,71 @@ def _load(transformers: Any, folder: Path, dtype: torch.dtype, quantization: Any
         raise FormatError(
             f"{folder}: transformers {transformers.__version__} cannot load it: {first_line(error)}"
         ) from error
+    _check_whole(folder, model, info)
+    if mapped is not None:
+        mapped.place(model, device)
+    return model.to(device)
+
+
+def _build(cls: Any, path: str | None, dtype: torch.dtype, **options: Any) -> tuple[Any, dict[str, Any]]:
+    """A model and what transformers says of its loading; without a path from what the options hold."""
+    model, info = cls.from_pretrained(
+        path,
+        dtype=dtype,
+        local_files_only=True,
+        trust_remote_code=False,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,  # so that they are told to us; they are no more welcome
+        **options,
+    )
+    return model, info
+
+
+def _build_mapped(
+    transformers: Any,
+    cls: Any,
+    folder: Path,
+    dtype: torch.dtype,
+    quantization: Any | None,
+    device: torch.device,
+) -> tuple[MappedFolder, Any, dict[str, Any]]:
+    """A model on the CPU over mapped files, to be placed on a device.
+
+    transformers gives every tensor of the files its place in the model, but reads none that it does not change; those
+    that are to be quantized it hands to the quantizer, which works on the device.
+    """
+    source = open_source(folder)
+    mapped = MappedFolder(source)
+    path = str(folder)
+    local = {"local_files_only": True}
+    config = cls.config_class.from_pretrained(path, **local)
+    options: dict[str, Any] = {}
+    packed = find_quantization_config(source.config)
+    if quantization is not None:
+        quantization.device = device
+        options["quantization_config"] = quantization
+    elif packed is not None:
+        config.quantization_config = {**packed, "files": [str(folder / file) for file in source.files]}
+    try:
+        try:
+            options["generation_config"] = transformers.GenerationConfig.from_pretrained(path, **local)
+        except OSError:  # some folders have it in config.json
+            options["generation_config"] = transformers.GenerationConfig.from_pretrained(
+                path, config_file_name="config.json", **local
+            )
+        model, info = _build(cls, None, dtype, config=config, state_dict=mapped.tensors, **options)
+    finally:
+        if quantization is not None:
+            quantization.device = None
+    for module in model.modules():
+        if hasattr(module, "name_or_path"):
+            module.name_or_path = path
+            module.config.name_or_path = path
+    return mapped, model, info
+
+
+def _check_whole(folder: Path, model: nn.Module, info: dict[str, Any]) -> None:
+    """Raise for weights that no file holds as the model wants them, and warn of those that it does not want."""
     missing = sorted(set(info["missing_keys"]))
     mismatched = {
         name: f"{name} is {list(stored)} in the files and {list(expected)} in the model"
@@ -242,9 +335,8 @@ def _load(transformers: Any, folder: Path, dtype: torch.dtype, quantization: Any
         warnings.warn(
             f"{folder}: {len(unexpected)} tensors are no parameters of {type(model).__name__} and were left out, "
             f"e.g. {unexpected[0]}",
-            stacklevel=3,
+            stacklevel=4,
         )
-    return model
 
 
 def _cast(model: nn.Module, dtype: torch.dtype) -> None:

@@ -153,9 +153,12 @@ def test_a_type_that_is_no_float_type_is_refused(tiny_llama, argument, match):
         qlora_rs.from_pretrained(tiny_llama, **argument)
 
 
-def test_a_device_without_kernels_is_refused(packed):
-    with pytest.raises(qlora_rs.UnsupportedError, match="no kernels for xpu"):
-        qlora_rs.from_pretrained(packed, device="xpu")
+def test_a_device_without_kernels_or_that_is_not_there_is_refused(packed):
+    for device in ("meta", "xpu:0"):
+        with pytest.raises(qlora_rs.UnsupportedError, match=f"no kernels for {device}"):
+            qlora_rs.from_pretrained(packed, device=device)
+    with pytest.raises(qlora_rs.DeviceError, match="there is no CUDA device"):
+        qlora_rs.from_pretrained(packed, device="cuda:63")
 
 
 def test_another_librarys_format_is_refused_by_name(packed):

@@ -39,9 +39,11 @@ class QloraRsConfig(QuantizationConfigMixin):  # type: ignore[misc]
         quant_type, block_size, double_quant, codebook: see `QuantSpec`.
         modules_to_not_convert: patterns of Linear layers that stay besides the defaults.
         format_version: of the files.
+        files: where to see what is packed, for a model that is loaded from tensors instead of from a folder.
 
     Attributes:
         failures: errors of quantizing while loading, which transformers itself reports as text only.
+        device: where weights are quantized while loading, one at a time; None: where transformers puts them.
 
     Raises:
         FormatError: a field holds what no version of the format allows.
@@ -55,6 +57,7 @@ class QloraRsConfig(QuantizationConfigMixin):  # type: ignore[misc]
         codebook: Sequence[float] | None = None,
         modules_to_not_convert: Sequence[str] | None = None,
         format_version: int = FORMAT_VERSION,
+        files: Sequence[str] = (),
         **kwargs: Any,
     ) -> None:
         check_format_version(format_version, "quantization_config")
@@ -65,7 +68,9 @@ class QloraRsConfig(QuantizationConfigMixin):  # type: ignore[misc]
         self.codebook = None if codebook is None else list(codebook)
         self.modules_to_not_convert = list(modules_to_not_convert or ())
         self.format_version = format_version
+        self.files = list(files)
         self.failures: list[Exception] = []
+        self.device: torch.device | None = None
         self.spec()
 
     @classmethod
@@ -138,7 +143,7 @@ class QloraRsQuantizer(HfQuantizer):  # type: ignore[misc]
         return not self.pre_quantized and leaf == "weight" and isinstance(model.get_submodule(module_name), Linear4bit)
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
-        files = kwargs.get("checkpoint_files")
+        files = kwargs.get("checkpoint_files") or self.quantization_config.files
         linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
         if self.pre_quantized and files:
             packed = _packed_in_files(model, files, self.spec)
@@ -279,8 +284,11 @@ def _pack_operation() -> type:
                     if tuple(weight.shape) != (owner.out_features, owner.in_features):
                         expected = [owner.out_features, owner.in_features]
                         raise FormatError(f"the file has shape {list(weight.shape)}, the model {expected}")
+                    # The float weight is dropped at once: the device never holds two.
+                    weight = weight.to(self.hf_quantizer.quantization_config.device or weight.device)
                     layer = Linear4bit.from_packed(quantize(weight, self.hf_quantizer.spec))
-                except (QloraError, ValueError, TypeError) as error:
+                    del weight
+                except (QloraError, ValueError, TypeError, torch.OutOfMemoryError) as error:
                     self.hf_quantizer.quantization_config.failures.append(type(error)(f"{name}: {error}"))
                     raise
                 owner.float_dtype = layer.float_dtype

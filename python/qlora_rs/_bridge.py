@@ -132,7 +132,7 @@ class DeviceWeight:
     It stands for the memory that its tensors had when it was made: `holds` tells whether they still have it.
     """
 
-    __slots__ = ("_addresses", "_core", "_parts", "device", "shape")
+    __slots__ = ("_addresses", "_core", "_elements", "_most_fused_tokens", "_parts", "device", "shape")
 
     def __init__(
         self,
@@ -155,6 +155,8 @@ class DeviceWeight:
             scale=_optional(absmax_scale),
             offset=_optional(absmax_offset),
         )
+        self._elements = math.prod(self.shape)
+        self._most_fused_tokens = self._core.most_fused_tokens(self.device.index)
 
     def holds(self, *parts: Tensor | None) -> bool:
         """Are these the tensors, and has none of them been moved in place (as ``module.to`` does)?"""
@@ -166,8 +168,40 @@ class DeviceWeight:
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         """The float weight, a new tensor."""
         out = torch.empty(self.shape, dtype=dtype, device=self.device)
-        self._core.dequantize(_queue(self.device), (out.data_ptr(), out.numel()), _DTYPE_CODES[dtype])
+        self._core.dequantize(_queue(self.device), (out.data_ptr(), self._elements), _DTYPE_CODES[dtype])
         return out
+
+    def fuses(self, tokens: int, dtype: torch.dtype) -> bool:
+        """Is the product of this many tokens made without dequantizing the weight first?"""
+        return 0 < tokens <= self._most_fused_tokens and dtype is not torch.float32
+
+    def linear(self, x: Tensor, bias: Tensor | None, lora: tuple[Tensor, Tensor, float] | None = None) -> Tensor:
+        """x W^T + bias (+ scale * xa B^T, ``lora`` being xa (..., r), B (out, r) and scale), rounded once.
+
+        All of x's dtype, where `fuses` says so.
+        """
+        rows, columns = self.shape
+        x = x.contiguous()
+        address, elements = x.data_ptr(), x.numel()
+        if address % 16:  # a view into the middle of a tensor
+            x = x.clone()
+            address = x.data_ptr()
+        tokens = elements // columns
+        y = torch.empty((*x.shape[:-1], rows), dtype=x.dtype, device=self.device)
+        term = None
+        if lora is not None:
+            xa, b = lora[0].contiguous(), lora[1].contiguous()
+            term = (_memory(xa), _memory(b), b.shape[1], lora[2])
+        self._core.linear(
+            _queue(self.device),
+            tokens,
+            (address, elements),
+            (y.data_ptr(), tokens * rows),
+            None if bias is None else _memory(bias.contiguous()),
+            term,
+            _DTYPE_CODES[x.dtype],
+        )
+        return y
 
 
 def dequantize(

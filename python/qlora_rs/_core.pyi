@@ -39,6 +39,31 @@ class DeviceWeight:
         """
         Write the float weight to `out` (elements of `dtype`).
         """
+    def linear(
+        self,
+        /,
+        queue: tuple[SupportsIndex, SupportsIndex],
+        tokens: SupportsIndex,
+        x: tuple[SupportsIndex, SupportsIndex],
+        y: tuple[SupportsIndex, SupportsIndex],
+        bias: tuple[SupportsIndex, SupportsIndex] | None,
+        lora: tuple[
+            tuple[SupportsIndex, SupportsIndex],
+            tuple[SupportsIndex, SupportsIndex],
+            SupportsIndex,
+            SupportsFloat | SupportsIndex,
+        ]
+        | None,
+        dtype: SupportsIndex,
+    ) -> None:
+        """
+        y = x W^T + bias + lora scale * xa B^T in one kernel: x (tokens, in), y (tokens, out), bias (out) or None, and
+        `lora` None or (xa (tokens, r), B (out, r), r, scale); all of `dtype`, bfloat16 or float16.
+        """
+    def most_fused_tokens(self, /, device: SupportsIndex) -> int:
+        """
+        Up to how many tokens `linear` multiplies without dequantizing; 0: never.
+        """
 
 @final
 class Spec:

@@ -78,6 +78,17 @@ class FrozenProduct:
             return y
         return ops.device_linear(x, self.weight(parts), bias)
 
+    def with_adapter(
+        self, x: Tensor, parts: Parts, bias: Tensor | None, a: Tensor, b: Tensor, scaling: float
+    ) -> Tensor | None:
+        """The product and ``scaling x A^T B^T`` in one kernel; None where there is none. Nothing is recorded."""
+        weight = self.weight(parts)
+        if x.shape[-1] != self.columns or not weight.fuses(x.numel() // self.columns, x.dtype):
+            return None
+        bias = None if bias is None else bias.to(x.dtype)
+        xa = torch.nn.functional.linear(x, a.to(x.dtype))
+        return weight.linear(x, bias, (xa, b.to(x.dtype), scaling))
+
 
 class _Recorded(torch.autograd.Function):
     """Keeps the parameters, not their memory: sharding may free it until the backward pass."""

@@ -134,6 +134,16 @@ class Linear4bit(nn.Linear):
         )
         return y
 
+    def fused_with_adapter(self, x: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor | None:
+        """``x W^T + b + scaling x A^T B^T`` with one rounding, or None where no kernel does both at once.
+
+        That is on a CUDA device, for few tokens in bfloat16 or float16, where no gradient is wanted.
+        """
+        if torch.is_grad_enabled() or torch.is_autocast_enabled("cuda") or not direct.applies(x):
+            return None
+        parts = (self.weight, self.weight_absmax, self.weight_absmax_scale, self.weight_absmax_offset)
+        return self._product.with_adapter(x, parts, self.bias, a, b, scaling)
+
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles look their memory up anew."""
         return {**self.__dict__, "_product": direct.FrozenProduct(self.in_features, self.spec)}

@@ -123,11 +123,16 @@ class LoraLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in) -> (..., out)."""
+        dropped = self.lora_dropout > 0 and self.training
+        if self.enabled and not dropped and isinstance(self.base_layer, Linear4bit):
+            fused = self.base_layer.fused_with_adapter(x, self.lora_A, self.lora_B, self.scaling)
+            if fused is not None:
+                return fused
         y: Tensor = self.base_layer(x)
         if not self.enabled:
             return y
         term_input = x.to(y.dtype)  # autocast may have lowered the base's product
-        if self.lora_dropout > 0 and self.training:
+        if dropped:
             term_input = nn.functional.dropout(term_input, self.lora_dropout)
         term: Tensor = LoraTerm.apply(term_input, self.lora_A, self.lora_B, self.scaling)
         return y + term

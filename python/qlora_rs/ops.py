@@ -228,6 +228,9 @@ def device_linear(x: Tensor, weight: _bridge.DeviceWeight, bias: Tensor | None) 
     if x.device != weight.device:
         raise ValueError(f"x is on {x.device}, the weight is on {weight.device}: move one of them")
     bias = None if bias is None else bias.to(x.dtype)
+    columns = weight.shape[-1]
+    if columns and weight.fuses(x.numel() // columns, x.dtype):
+        return weight.linear(x, bias)
     # Contiguous, so that a strided x has the bits of its copy.
     return torch.nn.functional.linear(x.contiguous(), weight.dequantize(x.dtype), bias)
 

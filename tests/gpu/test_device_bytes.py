@@ -128,6 +128,7 @@ def test_propagated_nonfinite_blocks_equal_the_cpus(dtype: torch.dtype, double_q
         assert torch.equal(bits(qlora_rs.dequantize(device, out)).cpu(), bits(qlora_rs.dequantize(cpu, out)))
 
 
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype:UserWarning")
 def test_propagating_does_not_wait_for_the_device() -> None:
     weight = torch.randn(64, 64, device="cuda")
     qlora_rs.quantize(weight, nonfinite="propagate")

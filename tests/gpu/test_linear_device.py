@@ -57,6 +57,34 @@ def test_products_and_gradients_match_float64_at_every_number_of_tokens(spec: Qu
                 assert torch.equal(layer(x), y), where
 
 
+@pytest.mark.parametrize(
+    "spec", [QuantSpec(), QuantSpec("nf4", 64, False), QuantSpec("fp4", 128), QuantSpec("int4", 256)]
+)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_fused_products_match_float64_also_where_they_are_not_the_fastest(spec: QuantSpec, dtype: torch.dtype) -> None:
+    torch.seed()
+    for out, columns in [(17, 64), (33, 128), (130, 320), (257, 1088), (300, 4096), (4096, 192)]:
+        layer = make(out, columns, spec)
+        weight = direct.device_weight(layer.packed())
+        want = layer.dequantize(torch.float32).double()
+        bias = torch.randn(out, device="cuda").to(dtype)
+        for tokens in [*TOKENS[:-1], 255, 256]:
+            x = torch.randn(tokens, columns, device="cuda").to(dtype)
+            torch.full((tokens * out * 2,), 0xFF, dtype=torch.uint8, device="cuda")  # NaN for what is not written
+            got = weight.linear(x, bias)
+            where = (out, columns, tokens)
+            assert relative(got, x.double() @ want.T + bias.double()) < TOLERANCE[dtype], where
+            assert torch.equal(got, weight.linear(x, bias)), where
+
+
+def test_a_shape_without_a_fused_kernel_is_refused_by_the_kernel_and_computed_by_the_layer() -> None:
+    layer = make(33, 101)
+    x = torch.randn(2, 101, device="cuda", dtype=torch.bfloat16)
+    with pytest.raises(qlora_rs.UnsupportedError, match="no fused kernel"):
+        direct.device_weight(layer.packed()).linear(x, None)
+    assert layer(x).shape == (2, 33)
+
+
 def test_the_operator_and_the_direct_call_give_the_same_bits() -> None:
     layer = make(130, 256)
     for tokens in (1, 8, 40, 300):
@@ -143,6 +171,22 @@ def test_checkpointing_gives_the_same_gradients(reentrant: bool) -> None:
     assert torch.equal(layer.lora_A.grad, want[1])
 
 
+@pytest.mark.parametrize("rank", [1, 3, 16, 64])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_an_adapter_inside_the_product_is_the_sum_of_both(dtype: torch.dtype, rank: int) -> None:
+    layer = LoraLinear(make(130, 320), r=rank, lora_alpha=2 * rank)
+    nn.init.normal_(layer.lora_B)
+    weight = layer.base_layer.dequantize(torch.float32).double() + layer.delta().double()
+    for tokens in TOKENS:
+        x = torch.randn(tokens, 320, device="cuda").to(dtype)
+        with torch.no_grad():
+            fused = layer.base_layer.fused_with_adapter(x, layer.lora_A, layer.lora_B, layer.scaling)
+            assert (fused is None) == (tokens > 32)
+            y = layer(x)
+        assert relative(y, x.double() @ weight.T + layer.bias.detach().double()) < 2 * TOLERANCE[dtype], tokens
+        assert relative(y, layer(x).detach().double()) < 2 * TOLERANCE[dtype], tokens
+
+
 def test_a_second_derivative_is_that_of_a_linear_map() -> None:
     layer = make(33, 64)
     x = torch.randn(3, 64, device="cuda", requires_grad=True)
@@ -154,6 +198,7 @@ def test_a_second_derivative_is_that_of_a_linear_map() -> None:
     assert relative(x.grad, want) < 1e-5
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")  # inductor's own
 @pytest.mark.parametrize("tokens", [4, 300])
 def test_compiles_to_one_graph_forward_and_backward(tokens: int) -> None:
     torch._dynamo.reset()

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import qlora_rs
-from qlora_rs import QuantSpec
+from qlora_rs import QuantSpec, direct
 
 pytestmark = pytest.mark.sanitize
 
@@ -32,14 +32,12 @@ def test_quantize_and_dequantize(shape: tuple[int, ...], quant_type: str) -> Non
 @pytest.mark.parametrize("shape", [(17, 64), (48, 320), (259, 128), (33, 1088)])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_small_products(shape: tuple[int, int], double_quant: bool, dtype: torch.dtype) -> None:
-    weight = torch.randn(shape)
-    bias = torch.randn(shape[0], dtype=dtype)
-    layer = qlora_rs.Linear4bit.from_packed(qlora_rs.quantize(weight, QuantSpec(double_quant=double_quant)))
-    want = layer.dequantize(torch.float32).double()
-    layer = layer.cuda()
-    layer.bias = torch.nn.Parameter(bias.cuda(), requires_grad=False)
+    packed = qlora_rs.quantize(torch.randn(shape), QuantSpec(double_quant=double_quant))
+    want = qlora_rs.dequantize(packed, torch.float32).double()
+    bias, b = torch.randn(shape[0], dtype=dtype), torch.randn(shape[0], 5, dtype=dtype)
+    weight = direct.device_weight(packed.to("cuda"))
     for tokens in (1, 3, 8, 13, 16, 29, 33, 64, 70, 129, 255):
-        x = torch.randn(tokens, shape[1], dtype=dtype)
-        expected = x.double() @ want.T + bias.double()
-        got = layer(x.cuda()).cpu().double()
+        x, xa = torch.randn(tokens, shape[1], dtype=dtype), torch.randn(tokens, 5, dtype=dtype)
+        expected = x.double() @ want.T + bias.double() + 0.5 * xa.double() @ b.double().T
+        got = weight.linear(x.cuda(), bias.cuda(), (xa.cuda(), b.cuda(), 0.5)).cpu().double()
         assert (got - expected).norm() / expected.norm() < 6e-3, tokens

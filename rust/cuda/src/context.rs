@@ -98,7 +98,7 @@ fn open(ordinal: i32) -> Result<Device, CudaError> {
 }
 
 impl Device {
-    /// Makes this device's context the calling thread's until the guard is dropped.
+    /// Makes this device's context the calling thread's, until the guard is dropped where the thread had another.
     ///
     /// # Errors
     /// [`CudaError::Driver`].
@@ -107,6 +107,12 @@ impl Device {
         // SAFETY: the out pointer is a live local.
         unsafe { sys::cuCtxGetCurrent(&raw mut current) }.result().map_err(failed("cuCtxGetCurrent"))?;
         if current == self.context {
+            return Ok(Entered { pushed: false });
+        }
+        if current.is_null() {
+            // As the CUDA runtime does on a fresh thread: libraries that run on it next look for a current context.
+            // SAFETY: the context is retained for as long as the process lives.
+            unsafe { sys::cuCtxSetCurrent(self.context) }.result().map_err(failed("cuCtxSetCurrent"))?;
             return Ok(Entered { pushed: false });
         }
         // SAFETY: the context is retained for as long as the process lives.

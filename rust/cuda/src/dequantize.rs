@@ -67,7 +67,7 @@ pub unsafe fn dequantize(
         let ctas = ctas(per_expert, THREADS as usize * WORD * words_in_flight)?;
         let name = names(dtype, spec.double_quant()).0;
         let mut args = [arg(&codes), arg(&scales), arg(&out), arg(&words), arg(&block_shift), arg(&table)];
-        let function = device.function(&DEQUANTIZE, name)?;
+        let function = device.function(&DEQUANTIZE, ("", name))?;
         // SAFETY: the arguments are those of `dequantize_words_*`; the caller vouches for the memory.
         return unsafe { launch(function, Grid::new((ctas, experts), THREADS), queue, &mut args) };
     }
@@ -86,7 +86,7 @@ pub unsafe fn dequantize(
         arg(&nibbles),
         arg(&table),
     ];
-    let function = device.function(&DEQUANTIZE, name)?;
+    let function = device.function(&DEQUANTIZE, ("", name))?;
     // SAFETY: the arguments are those of `dequantize_rows_*`; the caller vouches for the memory.
     unsafe { launch(function, Grid::new((ctas, experts), THREADS), queue, &mut args) }
 }
@@ -103,7 +103,7 @@ pub(crate) fn experts(layout: &Layout) -> Result<u32, CudaError> {
 }
 
 /// The codebook, NaN where it has no entry.
-fn table<const N: usize>(spec: &QuantSpec) -> [f32; N] {
+pub(crate) fn table<const N: usize>(spec: &QuantSpec) -> [f32; N] {
     let mut table = [f32::NAN; N];
     let values = spec.codebook().values();
     let used = values.len().min(N);

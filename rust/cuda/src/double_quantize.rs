@@ -50,7 +50,7 @@ pub(crate) unsafe fn double_quantize(
     let Nested { codes, group_scale, offset, run_sums, run_counts } = *out;
     if !summed {
         let mut args = [arg(&absmax), arg(&run_sums), arg(&run_counts), arg(&blocks)];
-        let function = device.function(&DOUBLE_QUANTIZE, "double_quantize_sums")?;
+        let function = device.function(&DOUBLE_QUANTIZE, ("", "double_quantize_sums"))?;
         // SAFETY: the arguments are those of the kernel; the caller vouches for the memory.
         unsafe { launch(function, grid, queue, &mut args) }?;
     }
@@ -58,7 +58,7 @@ pub(crate) unsafe fn double_quantize(
     let upper_size = runs.div_ceil(NESTED_BLOCK_SIZE).max(1) as i64;
     // Every CTA reads all sums: few CTAs.
     let grid = Grid {
-        ctas: (strided_ctas(device, runs, WARPS, 2), experts),
+        ctas: (strided_ctas(device, runs, WARPS, 2), experts, 1),
         shared_bytes: u32::try_from(2 * upper_size * 8).unwrap_or(u32::MAX),
         ..grid
     };
@@ -74,7 +74,7 @@ pub(crate) unsafe fn double_quantize(
         arg(&upper_size),
         arg(&thresholds),
     ];
-    let function = device.function(&DOUBLE_QUANTIZE, "double_quantize_codes")?;
+    let function = device.function(&DOUBLE_QUANTIZE, ("", "double_quantize_codes"))?;
     // SAFETY: as above.
     unsafe { launch(function, grid, queue, &mut args) }
 }

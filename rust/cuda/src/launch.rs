@@ -23,16 +23,18 @@ pub struct Queue {
 /// Where a kernel runs.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Grid {
-    pub(crate) ctas: (u32, u32),
+    pub(crate) ctas: (u32, u32, u32),
     pub(crate) threads: u32,
     pub(crate) shared_bytes: u32,
+    /// CTAs of one cluster along z; 1 for none.
+    pub(crate) cluster: u32,
     /// Let the kernel start before the one before it in the stream has ended (it waits for it by itself).
     pub(crate) overlap: bool,
 }
 
 impl Grid {
     pub(crate) fn new(ctas: (u32, u32), threads: u32) -> Self {
-        Self { ctas, threads, shared_bytes: 0, overlap: false }
+        Self { ctas: (ctas.0, ctas.1, 1), threads, shared_bytes: 0, cluster: 1, overlap: false }
     }
 }
 
@@ -54,32 +56,35 @@ pub(crate) unsafe fn launch(
 ) -> Result<(), CudaError> {
     function.allow_shared(grid.shared_bytes)?;
     let stream = queue.stream as sys::CUstream;
-    if !grid.overlap {
+    if !grid.overlap && grid.cluster == 1 {
         // SAFETY: the caller's promise.
         return unsafe {
-            result::launch_kernel(
-                function.handle,
-                (grid.ctas.0, grid.ctas.1, 1),
-                (grid.threads, 1, 1),
-                grid.shared_bytes,
-                stream,
-                args,
-            )
+            result::launch_kernel(function.handle, grid.ctas, (grid.threads, 1, 1), grid.shared_bytes, stream, args)
         }
         .map_err(failed("cuLaunchKernel"));
     }
     // SAFETY: plain C structs for which all zeros is a valid value.
-    let (mut attribute, mut config) =
-        unsafe { (std::mem::zeroed::<sys::CUlaunchAttribute>(), std::mem::zeroed::<sys::CUlaunchConfig>()) };
-    attribute.id = sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION;
-    attribute.value.programmaticStreamSerializationAllowed = 1;
-    (config.gridDimX, config.gridDimY, config.gridDimZ) = (grid.ctas.0, grid.ctas.1, 1);
+    let (mut attributes, mut config) =
+        unsafe { (std::mem::zeroed::<[sys::CUlaunchAttribute; 2]>(), std::mem::zeroed::<sys::CUlaunchConfig>()) };
+    let mut used = 0;
+    if grid.overlap {
+        attributes[used].id = sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION;
+        attributes[used].value.programmaticStreamSerializationAllowed = 1;
+        used += 1;
+    }
+    if grid.cluster > 1 {
+        attributes[used].id = sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION;
+        attributes[used].value.clusterDim =
+            sys::CUlaunchAttributeValue_union__bindgen_ty_1 { x: 1, y: 1, z: grid.cluster };
+        used += 1;
+    }
+    (config.gridDimX, config.gridDimY, config.gridDimZ) = grid.ctas;
     (config.blockDimX, config.blockDimY, config.blockDimZ) = (grid.threads, 1, 1);
     config.sharedMemBytes = grid.shared_bytes;
     config.hStream = stream;
-    config.attrs = &raw mut attribute;
-    config.numAttrs = 1;
-    // SAFETY: the caller's promise; the configuration and its one attribute are live locals.
+    config.attrs = attributes.as_mut_ptr();
+    config.numAttrs = used as u32;
+    // SAFETY: the caller's promise; the configuration and its attributes are live locals.
     unsafe { sys::cuLaunchKernelEx(&raw const config, function.handle, args.as_mut_ptr(), std::ptr::null_mut()) }
         .result()
         .map_err(failed("cuLaunchKernelEx"))

@@ -18,12 +18,22 @@ struct Ptx {
     stem: &'static str,
     /// Least compute capability, (major, minor).
     least: (i32, i32),
+    /// Made of instructions that later devices lack.
+    only: bool,
     text: &'static str,
 }
 
 macro_rules! ptx {
     ($stem:literal, $least:expr) => {
-        Ptx { stem: $stem, least: $least, text: include_str!(concat!("../../../kernels/ptx/", $stem, ".ptx")) }
+        ptx!($stem, $least, false)
+    };
+    ($stem:literal, $least:expr, $only:expr) => {
+        Ptx {
+            stem: $stem,
+            least: $least,
+            only: $only,
+            text: include_str!(concat!("../../../kernels/ptx/", $stem, ".ptx")),
+        }
     };
 }
 
@@ -31,14 +41,53 @@ macro_rules! ptx {
 #[derive(Debug)]
 pub(crate) struct KernelFile(&'static [Ptx]);
 
+impl KernelFile {
+    /// The first compilation that a device of this capability runs.
+    fn for_device(&self, capability: (i32, i32)) -> Option<&'static Ptx> {
+        self.0.iter().find(|ptx| capability == ptx.least || (capability > ptx.least && !ptx.only))
+    }
+
+    #[cfg(test)]
+    pub(crate) fn text_for(&self, capability: (i32, i32)) -> Option<&'static str> {
+        self.for_device(capability).map(|ptx| ptx.text)
+    }
+}
+
 pub(crate) static DEQUANTIZE: KernelFile =
     KernelFile(&[ptx!("dequantize_sm80", (8, 0)), ptx!("dequantize_sm75", (7, 5))]);
 pub(crate) static QUANTIZE: KernelFile = KernelFile(&[ptx!("quantize_sm80", (8, 0)), ptx!("quantize_sm75", (7, 5))]);
 pub(crate) static DOUBLE_QUANTIZE: KernelFile =
     KernelFile(&[ptx!("double_quantize_sm80", (8, 0)), ptx!("double_quantize_sm75", (7, 5))]);
 
-/// All of them, for [`warmup`].
-static FILES: [&KernelFile; 3] = [&DEQUANTIZE, &QUANTIZE, &DOUBLE_QUANTIZE];
+pub(crate) static LINEAR_BF16: KernelFile =
+    KernelFile(&[ptx!("linear_4bit_bf16_sm90", (9, 0)), ptx!("linear_4bit_bf16_sm80", (8, 0))]);
+pub(crate) static LINEAR_F16: KernelFile =
+    KernelFile(&[ptx!("linear_4bit_f16_sm90", (9, 0)), ptx!("linear_4bit_f16_sm80", (8, 0))]);
+pub(crate) static LINEAR_WIDE_BF16: KernelFile =
+    KernelFile(&[ptx!("linear_4bit_wide_bf16_sm90", (9, 0)), ptx!("linear_4bit_wide_bf16_sm80", (8, 0))]);
+pub(crate) static LINEAR_WIDE_F16: KernelFile =
+    KernelFile(&[ptx!("linear_4bit_wide_f16_sm90", (9, 0)), ptx!("linear_4bit_wide_f16_sm80", (8, 0))]);
+pub(crate) static GEMM_BF16: KernelFile =
+    KernelFile(&[ptx!("gemm_4bit_bf16_sm90", (9, 0)), ptx!("gemm_4bit_bf16_sm80", (8, 0))]);
+pub(crate) static GEMM_F16: KernelFile =
+    KernelFile(&[ptx!("gemm_4bit_f16_sm90", (9, 0)), ptx!("gemm_4bit_f16_sm80", (8, 0))]);
+pub(crate) static GEMM_HOPPER_BF16: KernelFile = KernelFile(&[ptx!("gemm_4bit_sm90_bf16", (9, 0), true)]);
+pub(crate) static GEMM_HOPPER_F16: KernelFile = KernelFile(&[ptx!("gemm_4bit_sm90_f16", (9, 0), true)]);
+
+/// All of them, for [`Device::warmup`].
+static FILES: [&KernelFile; 11] = [
+    &DEQUANTIZE,
+    &QUANTIZE,
+    &DOUBLE_QUANTIZE,
+    &LINEAR_BF16,
+    &LINEAR_F16,
+    &LINEAR_WIDE_BF16,
+    &LINEAR_WIDE_F16,
+    &GEMM_BF16,
+    &GEMM_F16,
+    &GEMM_HOPPER_BF16,
+    &GEMM_HOPPER_F16,
+];
 
 /// Names a folder whose PTX is used instead of the embedded text, for work on kernels.
 const PTX_DIR: &str = "QLORA_RS_PTX_DIR";
@@ -72,27 +121,29 @@ impl Function {
     }
 }
 
+/// A kernel's name in two parts, which are joined by `_`; the first may be empty.
+pub(crate) type Name = (&'static str, &'static str);
+
 /// What has been loaded on one device. Loaded kernels stay to the end of the process.
 #[derive(Debug, Default)]
 pub(crate) struct Modules {
-    functions: RwLock<HashMap<&'static str, &'static Function>>,
+    /// By file and by what follows the file's name in the kernel's.
+    functions: RwLock<HashMap<Name, &'static Function>>,
     /// `CUmodule` handles by file stem; the lock also makes every file be compiled once.
     modules: Mutex<HashMap<&'static str, usize>>,
 }
 
 impl Device {
     /// The kernel `name` of `file`; its context must be current. The first use of a file compiles it.
-    pub(crate) fn function(
-        &self,
-        file: &'static KernelFile,
-        name: &'static str,
-    ) -> Result<&'static Function, CudaError> {
+    pub(crate) fn function(&self, file: &'static KernelFile, name: Name) -> Result<&'static Function, CudaError> {
         let functions = &self.modules.functions;
-        if let Some(found) = functions.read().unwrap_or_else(PoisonError::into_inner).get(name) {
+        if let Some(found) = functions.read().unwrap_or_else(PoisonError::into_inner).get(&name) {
             return Ok(found);
         }
         let module = self.module(file)?;
-        let symbol = CString::new(name).map_err(|_| CudaError::Unsupported(format!("kernel name {name:?}")))?;
+        let symbol = [name.0, name.1].join("_");
+        let symbol = CString::new(symbol.trim_start_matches('_'))
+            .map_err(|_| CudaError::Unsupported(format!("kernel name {name:?}")))?;
         // SAFETY: `module` was loaded on this device and is never unloaded.
         let handle = unsafe { result::module::get_function(module, symbol) }.map_err(failed("cuModuleGetFunction"))?;
         let function = &*Box::leak(Box::new(Function { handle, allowed_shared: AtomicU32::new(0) }));
@@ -100,7 +151,7 @@ impl Device {
     }
 
     fn module(&self, file: &'static KernelFile) -> Result<sys::CUmodule, CudaError> {
-        let ptx = file.0.iter().find(|ptx| self.capability >= ptx.least).ok_or_else(|| CudaError::OldDevice {
+        let ptx = file.for_device(self.capability).ok_or_else(|| CudaError::OldDevice {
             name: self.name.clone(),
             capability: self.capability,
             need: file.0[0].stem,

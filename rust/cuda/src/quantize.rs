@@ -132,7 +132,7 @@ unsafe fn words(
     ];
     let grid = Grid::new((ctas(layout.elements(), CTA_WEIGHTS)?, 1), THREADS);
     // SAFETY: the arguments are those of `quantize_words_*`; the caller vouches for the memory.
-    unsafe { launch(device.function(&QUANTIZE, names(dtype).0)?, grid, queue, &mut args) }?;
+    unsafe { launch(device.function(&QUANTIZE, ("", names(dtype).0))?, grid, queue, &mut args) }?;
     Ok(summed.is_some())
 }
 
@@ -159,7 +159,7 @@ unsafe fn rows(
     ];
     let grid = Grid::new((strided_ctas(device, layout.blocks(), WARPS, 16), 1), THREADS);
     // SAFETY: the arguments are those of `quantize_rows_*`; the caller vouches for the memory.
-    unsafe { launch(device.function(&QUANTIZE, names(dtype).1)?, grid, queue, &mut args) }?;
+    unsafe { launch(device.function(&QUANTIZE, ("", names(dtype).1))?, grid, queue, &mut args) }?;
     Ok(false)
 }
 

@@ -2,7 +2,7 @@
 
 use pyo3::prelude::*;
 use qlora_core::{Layout, QuantSpec};
-use qlora_cuda::{CudaError, DevicePtr, DeviceScales, Nested, Quantized, Queue};
+use qlora_cuda::{CudaError, DevicePtr, DeviceScales, LowRank, Nested, Operands, Quantized, Queue};
 
 use crate::boundary::{IntoPyErr, Memory, expect};
 use crate::quantize::{Shape, float_type, layout_of};
@@ -127,6 +127,48 @@ impl DeviceWeight {
         run(py, || {
             // SAFETY: `_bridge.py` passes live contiguous tensors of this device, whose lengths were checked.
             unsafe { qlora_cuda::dequantize(queue, &self.spec, &self.layout, self.codes, self.scales, out, dtype) }
+        })
+    }
+
+    /// Up to how many tokens `linear` multiplies without dequantizing; 0: never.
+    fn most_fused_tokens(&self, device: i32) -> PyResult<u32> {
+        qlora_cuda::most_fused_tokens(device, &self.spec, &self.layout, self.codes).map_err(IntoPyErr::into_py_err)
+    }
+
+    /// y = x W^T + bias + lora scale * xa B^T in one kernel: x (tokens, in), y (tokens, out), bias (out) or None, and
+    /// `lora` None or (xa (tokens, r), B (out, r), r, scale); all of `dtype`, bfloat16 or float16.
+    #[pyo3(signature = (queue, tokens, x, y, bias, lora, dtype))]
+    #[allow(clippy::too_many_arguments)] // named at the only call, in _bridge.py
+    fn linear(
+        &self,
+        py: Python<'_>,
+        queue: QueueOf,
+        tokens: u32,
+        x: Memory,
+        y: Memory,
+        bias: Option<Memory>,
+        lora: Option<(Memory, Memory, usize, f32)>,
+        dtype: u8,
+    ) -> PyResult<()> {
+        let dtype = float_type(dtype)?;
+        let (rows, columns, count) = (self.layout.rows(), self.layout.cols(), tokens as usize);
+        expect("x", x.1, count * columns)?;
+        expect("y", y.1, count * rows)?;
+        if let Some(bias) = bias {
+            expect("bias", bias.1, rows)?;
+        }
+        if let Some((xa, b, rank, _)) = lora {
+            expect("xa", xa.1, count * rank)?;
+            expect("B", b.1, rows * rank)?;
+        }
+        let lora =
+            lora.map(|(xa, b, rank, scale)| LowRank { xa: pointer(xa), b: pointer(b), scale, rank: rank as i32 });
+        let bias = bias.map_or(0, pointer);
+        let operands = Operands { x: pointer(x), y: pointer(y), bias, lora, tokens, dtype };
+        let queue = queue_of(queue);
+        run(py, || {
+            // SAFETY: `_bridge.py` passes live contiguous tensors of this device, whose lengths were checked.
+            unsafe { qlora_cuda::linear_4bit(queue, &self.spec, &self.layout, self.codes, self.scales, &operands) }
         })
     }
 }

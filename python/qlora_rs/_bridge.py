@@ -7,7 +7,7 @@ queued on torch's current stream, its memory comes from torch's allocator.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -241,9 +241,14 @@ def warmup(device: torch.device) -> None:
     _core.cuda_warmup(current if device.index is None else device.index)
 
 
-# Enough to fill a link of 50 GB/s from the page cache; each thread has two buffers of pinned memory.
+# The fastest in benchmarks/device_load.py's sweep; each thread has two buffers, and pinning larger ones costs more time
+# than it saves.
 _LOAD_THREADS = 8
-_LOAD_BUFFER_BYTES = 4 << 20
+_LOAD_BUFFER_BYTES = 2 << 20
+
+
+# Fills tensors; told how far it is by (bytes done, bytes in all) where a function is given.
+Load = Callable[[Callable[[int, int], object] | None], None]
 
 
 def span(tensor: Tensor) -> tuple[int, int]:
@@ -251,20 +256,21 @@ def span(tensor: Tensor) -> tuple[int, int]:
     return tensor.data_ptr(), tensor.nbytes
 
 
-def load(files: Mapping[str, Sequence[tuple[str, Tensor]]], device: torch.device) -> None:
-    """Fill tensors of a CUDA device from safetensors files: by path, names in the file and where each one goes.
+def loader(files: Mapping[str, Sequence[tuple[str, Tensor]]], device: torch.device) -> Load:
+    """A call that fills tensors of a CUDA device from safetensors files: by path, names in the file and their places.
 
-    It waits for what is queued on torch's current stream; all values are there when it returns.
+    It may be made on any thread, with a function that is told (bytes done, bytes in all) and ends it by raising; all
+    values are there when it returns. It waits for what is queued on the stream that is torch's current one now.
     """
 
     def place(tensor: Tensor) -> tuple[int, int]:
         address, elements = _memory(tensor)
         return address, elements * tensor.element_size()
 
-    _core.cuda_load(
-        [(path, [(name, place(tensor)) for name, tensor in places]) for path, places in files.items()],
-        queue=_queue(device),
-        buffer_bytes=_LOAD_BUFFER_BYTES,
-        num_threads=min(_LOAD_THREADS, torch.get_num_threads()),
-        progress=None,
-    )
+    places = [(path, [(name, place(tensor)) for name, tensor in tensors]) for path, tensors in files.items()]
+    queue, threads = _queue(device), min(_LOAD_THREADS, torch.get_num_threads())
+
+    def load(progress: Callable[[int, int], object] | None) -> None:
+        _core.cuda_load(places, queue=queue, buffer_bytes=_LOAD_BUFFER_BYTES, num_threads=threads, progress=progress)
+
+    return load

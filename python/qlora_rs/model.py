@@ -16,8 +16,8 @@ from torch import nn
 from qlora_rs import _core, ops
 from qlora_rs.checkpoint.choice import FLOAT_DTYPES as FLOAT_DTYPE_NAMES
 from qlora_rs.checkpoint.inspection import inspect
-from qlora_rs.checkpoint.placing import MappedFolder
-from qlora_rs.checkpoint.source import find_quantization_config, open_source, read_config, require_folder
+from qlora_rs.checkpoint.placing import DeviceFolder, packed_parts
+from qlora_rs.checkpoint.source import Source, find_quantization_config, open_source, read_config, require_folder
 from qlora_rs.errors import DeviceError, FormatError, NonFiniteError, UnsupportedError, first_line, require_extra
 from qlora_rs.linear import Linear4bit
 from qlora_rs.lora import replace_module
@@ -233,30 +233,77 @@ def resolve_dtype(dtype: torch.dtype | str, device: torch.device | None = None) 
 
 def _load(transformers: Any, folder: Path, dtype: torch.dtype, quantization: Any | None, device: torch.device) -> Any:
     """Through transformers, with its silences turned into errors."""
+    from qlora_rs.integrations.transformers import METHOD
+
     named: list[Any] = [
         getattr(transformers, str(name), None) for name in read_config(folder).get("architectures") or ()
     ]
     cls = next((cls for cls in named if hasattr(cls, "from_pretrained")), transformers.AutoModelForCausalLM)
+    method = (find_quantization_config(read_config(folder)) or {}).get("quant_method", METHOD)
+    if device.type != "cpu" and method == METHOD and getattr(cls, "config_class", None) is not None:
+        return _load_onto(transformers, cls, folder, dtype, quantization, device)
     options = {} if quantization is None else {"quantization_config": quantization}
-    try:
-        with _quiet(transformers):
-            if device.type == "cpu" or getattr(cls, "config_class", None) is None:
-                mapped, model, info = None, *_build(cls, str(folder), dtype, use_safetensors=True, **options)
-            else:
-                mapped, model, info = _build_mapped(transformers, cls, folder, dtype, quantization, device)
-    except torch.OutOfMemoryError:
-        raise
-    except (RuntimeError, ValueError, KeyError, OSError) as error:
-        failures = getattr(quantization, "failures", None)
-        if failures:
-            raise failures[0] from None
-        raise FormatError(
-            f"{folder}: transformers {transformers.__version__} cannot load it: {first_line(error)}"
-        ) from error
+    with _errors(transformers, folder, quantization):
+        model, info = _build(cls, str(folder), dtype, use_safetensors=True, **options)
     _check_whole(folder, model, info)
-    if mapped is not None:
-        mapped.place(model, device)
     return model.to(device)
+
+
+def _load_onto(
+    transformers: Any, cls: Any, folder: Path, dtype: torch.dtype, quantization: Any | None, device: torch.device
+) -> Any:
+    """A model on a CUDA device: transformers gives the tensors of the files their places, and reads few of them.
+
+    Packed weights, and floats that stay as they are, are fetched while it builds the model; what has to be quantized it
+    hands to the quantizer, which works on the device.
+    """
+    from qlora_rs.integrations.transformers import fill_awaited
+
+    source, path, local = open_source(folder), str(folder), {"local_files_only": True}
+    packed = find_quantization_config(source.config)
+    same = [] if quantization is not None else _stored_as(source, dtype)
+    with DeviceFolder(source, device, [*packed_parts(source), *same]) as tensors:
+        with _errors(transformers, folder, quantization):
+            config = cls.config_class.from_pretrained(path, **local)
+            options: dict[str, Any] = {}
+            if quantization is not None:
+                quantization.device = device
+                options["quantization_config"] = quantization
+            elif packed is not None:
+                config.quantization_config = {**packed, "files": [str(folder / file) for file in source.files]}
+            options["generation_config"] = _generation_config(transformers, path)
+            try:
+                model, info = _build(cls, None, dtype, config=config, state_dict=tensors.mapped, **options)
+            finally:
+                if quantization is not None:
+                    quantization.device = None
+        _check_whole(folder, model, info)
+        if packed is not None:
+            spec = QuantSpec.from_config(packed)
+            fill_awaited(model, lambda name, shape, float_dtype: tensors.packed(name, shape, spec, float_dtype))
+        tensors.place(model)
+    for module in model.modules():
+        if hasattr(module, "name_or_path"):  # of the folder, which transformers was not told
+            module.name_or_path = module.config.name_or_path = path
+    return model
+
+
+def _stored_as(source: Source, dtype: torch.dtype) -> list[str]:
+    """Names of the float tensors that the files hold in ``dtype``."""
+    return [
+        tensor.name
+        for tensor in source.tensors.values()
+        if tensor.dtype in FLOAT_DTYPE_NAMES and getattr(torch, FLOAT_DTYPE_NAMES[tensor.dtype]) == dtype
+    ]
+
+
+def _generation_config(transformers: Any, path: str) -> Any:
+    try:
+        return transformers.GenerationConfig.from_pretrained(path, local_files_only=True)
+    except OSError:  # some folders have it in config.json
+        return transformers.GenerationConfig.from_pretrained(
+            path, config_file_name="config.json", local_files_only=True
+        )
 
 
 def _build(cls: Any, path: str | None, dtype: torch.dtype, **options: Any) -> tuple[Any, dict[str, Any]]:
@@ -273,47 +320,21 @@ def _build(cls: Any, path: str | None, dtype: torch.dtype, **options: Any) -> tu
     return model, info
 
 
-def _build_mapped(
-    transformers: Any,
-    cls: Any,
-    folder: Path,
-    dtype: torch.dtype,
-    quantization: Any | None,
-    device: torch.device,
-) -> tuple[MappedFolder, Any, dict[str, Any]]:
-    """A model on the CPU over mapped files, to be placed on a device.
-
-    transformers gives every tensor of the files its place in the model, but reads none that it does not change; those
-    that are to be quantized it hands to the quantizer, which works on the device.
-    """
-    source = open_source(folder)
-    mapped = MappedFolder(source)
-    path = str(folder)
-    local = {"local_files_only": True}
-    config = cls.config_class.from_pretrained(path, **local)
-    options: dict[str, Any] = {}
-    packed = find_quantization_config(source.config)
-    if quantization is not None:
-        quantization.device = device
-        options["quantization_config"] = quantization
-    elif packed is not None:
-        config.quantization_config = {**packed, "files": [str(folder / file) for file in source.files]}
+@contextmanager
+def _errors(transformers: Any, folder: Path, quantization: Any | None) -> Iterator[None]:
+    """transformers quiet, and its errors as ours."""
     try:
-        try:
-            options["generation_config"] = transformers.GenerationConfig.from_pretrained(path, **local)
-        except OSError:  # some folders have it in config.json
-            options["generation_config"] = transformers.GenerationConfig.from_pretrained(
-                path, config_file_name="config.json", **local
-            )
-        model, info = _build(cls, None, dtype, config=config, state_dict=mapped.tensors, **options)
-    finally:
-        if quantization is not None:
-            quantization.device = None
-    for module in model.modules():
-        if hasattr(module, "name_or_path"):
-            module.name_or_path = path
-            module.config.name_or_path = path
-    return mapped, model, info
+        with _quiet(transformers):
+            yield
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, ValueError, KeyError, OSError) as error:
+        failures = getattr(quantization, "failures", None)
+        if failures:
+            raise failures[0] from None
+        raise FormatError(
+            f"{folder}: transformers {transformers.__version__} cannot load it: {first_line(error)}"
+        ) from error
 
 
 def _check_whole(folder: Path, model: nn.Module, info: dict[str, Any]) -> None:

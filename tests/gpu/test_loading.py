@@ -188,7 +188,7 @@ def test_memory_that_the_callers_stream_still_writes_is_filled_afterwards(tmp_pa
             place = torch.zeros(3 * MIB, dtype=torch.uint8, device=DEVICE)
             torch.cuda._sleep(100_000_000)
             place.fill_(7)
-            _bridge.load({str(tmp_path / "x.safetensors"): [("t0", place)]}, DEVICE)
+            _bridge.loader({str(tmp_path / "x.safetensors"): [("t0", place)]}, DEVICE)(None)
         assert torch.equal(place.cpu(), tensors["t0"])
 
 

@@ -51,20 +51,27 @@ class TensorReader:
 
     def packed(self, name: str, shape: tuple[int, ...], spec: QuantSpec) -> PackedTensor:
         """The packed weight ``name`` of logical ``shape``; `inspect` has checked that its parts fit together."""
+        return assemble_packed(self.stored, name, shape, spec, torch.float32)
 
-        def scales(part: str) -> Tensor:
-            tensor = self.stored(name + part)
-            return tensor.view(torch.float32) if tensor.dtype == torch.int32 else tensor
 
-        return PackedTensor(
-            codes=self.stored(name),
-            absmax=scales("_absmax"),
-            absmax_scale=scales("_absmax_scale") if spec.double_quant else None,
-            absmax_offset=scales("_absmax_offset") if spec.double_quant else None,
-            spec=spec,
-            shape=shape,
-            dtype=torch.float32,
-        )
+def assemble_packed(
+    stored: Callable[[str], Tensor], name: str, shape: tuple[int, ...], spec: QuantSpec, dtype: torch.dtype
+) -> PackedTensor:
+    """The packed weight ``name`` of the tensors that ``stored`` gives by their names in the files."""
+
+    def scales(part: str) -> Tensor:
+        tensor = stored(name + part)
+        return tensor.view(torch.float32) if tensor.dtype == torch.int32 else tensor
+
+    return PackedTensor(
+        codes=stored(name),
+        absmax=scales("_absmax"),
+        absmax_scale=scales("_absmax_scale") if spec.double_quant else None,
+        absmax_offset=scales("_absmax_offset") if spec.double_quant else None,
+        spec=spec,
+        shape=shape,
+        dtype=dtype,
+    )
 
 
 def open_weights(path: str | os.PathLike[str]) -> Callable[[str], Tensor]:

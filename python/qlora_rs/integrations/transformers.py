@@ -7,7 +7,7 @@ loaded by then may be imported here at the top.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from qlora_rs.checkpoint.source import FORMAT_VERSION, StoredTensor, check_forma
 from qlora_rs.errors import FormatError, QloraError, UnsupportedError
 from qlora_rs.linear import Linear4bit
 from qlora_rs.lora import replace_module
+from qlora_rs.packed import PackedTensor
 from qlora_rs.quantization import quantize
 from qlora_rs.selection import HEADS, select_linear
 from qlora_rs.spec import QuantSpec
@@ -39,7 +40,8 @@ class QloraRsConfig(QuantizationConfigMixin):  # type: ignore[misc]
         quant_type, block_size, double_quant, codebook: see `QuantSpec`.
         modules_to_not_convert: patterns of Linear layers that stay besides the defaults.
         format_version: of the files.
-        files: where to see what is packed, for a model that is loaded from tensors instead of from a folder.
+        files: where to see what is packed, for a model that is not loaded from a folder: its packed layers are left
+            out, to be filled by `fill_awaited`.
 
     Attributes:
         failures: errors of quantizing while loading, which transformers itself reports as text only.
@@ -143,15 +145,21 @@ class QloraRsQuantizer(HfQuantizer):  # type: ignore[misc]
         return not self.pre_quantized and leaf == "weight" and isinstance(model.get_submodule(module_name), Linear4bit)
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
-        files = kwargs.get("checkpoint_files") or self.quantization_config.files
+        files = kwargs.get("checkpoint_files")
         linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-        if self.pre_quantized and files:
-            packed = _packed_in_files(model, files, self.spec)
+        if self.pre_quantized and not files and self.quantization_config.files:
+            awaited = _packed_in_files(model, self.quantization_config.files, self.spec)
+            for name, stored in awaited.items():
+                replace_module(model, name, AwaitedLayer(model.get_submodule(name), stored))
+            packed = list(awaited)
         else:
-            skip = self.quantization_config.modules_to_not_convert
-            packed = list(select_linear(model, skip_modules=skip or None).packed)
-        for name in packed:
-            replace_module(model, name, _empty_layer(model.get_submodule(name), self.spec, self.pre_quantized))
+            if self.pre_quantized and files:
+                packed = list(_packed_in_files(model, files, self.spec))
+            else:
+                skip = self.quantization_config.modules_to_not_convert
+                packed = list(select_linear(model, skip_modules=skip or None).packed)
+            for name in packed:
+                replace_module(model, name, _empty_layer(model.get_submodule(name), self.spec, self.pre_quantized))
         stays = [name for name in linears if name not in set(packed)]
         self.quantization_config.modules_to_not_convert = stays
         return model
@@ -208,8 +216,11 @@ def odd_shapes(model: nn.Module) -> dict[str, str]:
     }
 
 
-def _packed_in_files(model: Any, files: Sequence[str], spec: QuantSpec) -> list[str]:
-    """The model's Linear layers whose weights the files hold packed: the files are the truth, not config.json."""
+def _packed_in_files(model: Any, files: Sequence[str], spec: QuantSpec) -> dict[str, str]:
+    """The model's Linear layers whose weights the files hold packed, and the weights' names there.
+
+    The files are the truth, not config.json.
+    """
     tensors: dict[str, StoredTensor] = {}
     metadata: dict[str, dict[str, str]] = {}
     for file in map(Path, files):
@@ -218,7 +229,7 @@ def _packed_in_files(model: Any, files: Sequence[str], spec: QuantSpec) -> list[
     folder = Path(files[0]).parent
     prefix = str(getattr(model, "base_model_prefix", "") or "")
     parameters = dict(model.named_parameters())
-    packed = []
+    packed = {}
     for name in sorted(name for name in tensors if f"{name}_absmax" in tensors):
         candidates = (name, f"{prefix}.{name}", name.removeprefix(f"{prefix}."))
         found = next((candidate for candidate in candidates if candidate in parameters), None)
@@ -242,8 +253,35 @@ def _packed_in_files(model: Any, files: Sequence[str], spec: QuantSpec) -> list[
                 f"{folder}: the packed weight {name!r} has shape {list(shape)}, but config.json asks for "
                 f"{list(owner.weight.shape)}: it is of another model"
             )
-        packed.append(module_name)
+        packed[module_name] = name
     return packed
+
+
+class AwaitedLayer(nn.Module):
+    """Stands for a packed layer, and holds its bias, while transformers loads everything else.
+
+    Attributes:
+        stored: the name of the weight in the files.
+        shape: of the weight.
+        float_dtype: what the layer computes in.
+    """
+
+    bias: nn.Parameter | None
+
+    def __init__(self, linear: nn.Linear, stored: str) -> None:
+        super().__init__()
+        self.stored = stored
+        self.shape = (linear.out_features, linear.in_features)
+        self.float_dtype = linear.weight.dtype
+        self.register_parameter("bias", linear.bias)
+
+
+def fill_awaited(model: nn.Module, packed: Callable[[str, tuple[int, int], torch.dtype], PackedTensor]) -> None:
+    """Put `Linear4bit` where layers are awaited; ``packed`` gives the weights by name, shape and float type."""
+    for name, module in list(model.named_modules()):
+        if isinstance(module, AwaitedLayer):
+            layer = Linear4bit.from_packed(packed(module.stored, module.shape, module.float_dtype), module.bias)
+            replace_module(model, name, layer.train(module.training))
 
 
 def _empty_layer(linear: nn.Linear, spec: QuantSpec, pre_quantized: bool) -> Linear4bit:

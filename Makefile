@@ -23,7 +23,7 @@ export HF_HUB_OFFLINE := 1
 # Beside other work, OpenMP's waiting threads would take the time that the working ones need.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: help setup demo test test-rust test-python test-gpu sanitize lint format generate check-generated wheel bench clean
+.PHONY: help setup demo test test-rust test-python test-gpu sanitize lint format generate check-generated wheel bench bench-gpu clean
 
 help: ## this list
 	@echo "usage: make TARGET"
@@ -97,6 +97,12 @@ bench: $(VENV)/bench.stamp $(DEMO_FILES) ## print the benchmark tables (about 15
 	$(BIN)/python benchmarks/cpu_quantize.py
 	$(BIN)/python benchmarks/perplexity_parity.py
 	$(BIN)/python benchmarks/stream_quantize.py
+
+bench-gpu: $(VENV)/bench.stamp ## print the benchmark tables of a CUDA device (about 5 minutes)
+	$(BIN)/python benchmarks/device_quantize.py
+	$(BIN)/python benchmarks/device_linear.py
+	$(BIN)/python benchmarks/device_linear.py --training
+	$(BIN)/python benchmarks/device_overhead.py
 
 clean: ## delete what was built (keeps .venv and the downloads in .cache)
 	rm -rf target build dist demo-output $(EXTENSION) $(VENV)/demo.stamp

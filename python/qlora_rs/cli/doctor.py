@@ -154,8 +154,12 @@ def _print_findings(findings: dict[str, Any]) -> None:
         capability = device["compute_capability"]
         shown = capability if isinstance(capability, str) else ".".join(map(str, capability))
         memory = format_bytes(device["memory_bytes"])
-        say("CUDA device", f"{device['name']}, compute capability {shown}, {memory}: no kernels for it yet")
+        say("CUDA device", f"{device['name']}, compute capability {shown}, {memory}: {_kernels(tuple(capability))}")
     if cuda["reason"]:
         say("CUDA", f"not usable: {cuda['reason']}")
     for name, result in findings["self_check"]["checks"].items():
         say("self-check", f"{name}: {result}")
+
+
+def _kernels(capability: tuple[int, int]) -> str:
+    return "used from Python; commands compute on the CPU" if capability >= (7, 5) else "too old for the kernels (7.5)"

@@ -3,8 +3,8 @@
     python benchmarks/device_linear.py              # 1 to 256 tokens
     python benchmarks/device_linear.py --training   # 1,024 to 16,384 tokens, forward and the gradient of x
 
-Graph replay shows the kernels alone. Eager times, ours and the peer's, hide the host's work; 5 us of launch and events are
-in each. NF4 in blocks of 64, doubly quantized unless --plain.
+Graph replay shows the kernels alone. Eager times, ours and the peer's, hide the host's work; 5 us of launch and events
+are in each. NF4 in blocks of 64, doubly quantized unless --plain.
 """
 
 from __future__ import annotations

@@ -7,6 +7,7 @@ queued on torch's current stream, its memory comes from torch's allocator.
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
@@ -23,7 +24,10 @@ def _memory(tensor: Tensor) -> tuple[int, int]:
     """(address, number of elements) of a contiguous tensor."""
     if not tensor.is_contiguous():
         raise ValueError(f"expected contiguous memory, got strides {tensor.stride()}")
-    return tensor.data_ptr(), tensor.numel()
+    address, elements = tensor.data_ptr(), tensor.numel()
+    if address == 0 and elements > 0:
+        raise ValueError(f"a tensor of shape {list(tensor.shape)} has no memory: it was freed, or is sharded elsewhere")
+    return address, elements
 
 
 def _optional(tensor: Tensor | None) -> tuple[int, int] | None:
@@ -129,10 +133,21 @@ def _quantize_cuda(
 class DeviceWeight:
     """A packed weight on a CUDA device, checked once, for calls that must cost the host little.
 
-    It stands for the memory that its tensors had when it was made: `holds` tells whether they still have it.
+    It stands for the memory that its tensors had when it was made, and does not keep them alive: `holds` tells whether
+    they are still the same.
     """
 
-    __slots__ = ("_addresses", "_core", "_elements", "_most_fused_tokens", "_parts", "device", "shape")
+    __slots__ = (
+        "_copies",
+        "_core",
+        "_elements",
+        "_marks",
+        "_most_fused_tokens",
+        "_settled",
+        "device",
+        "shape",
+        "versions",
+    )
 
     def __init__(
         self,
@@ -143,26 +158,46 @@ class DeviceWeight:
         columns: int,
         spec: QuantSpec,
     ) -> None:
+        parts = (codes, absmax, absmax_scale, absmax_offset)
+        scale = None if absmax_scale is None else absmax_scale.contiguous()
+        offset = None if absmax_offset is None else absmax_offset.contiguous()
+        dense = (codes.contiguous(), absmax.contiguous(), scale, offset)
+        # Strided parts are copied, and the copy lives as long as this object; `holds` then says no.
+        self._copies = tuple(copy for copy, part in zip(dense, parts, strict=True) if copy is not part)
+        self._marks = tuple(
+            None if part is None else (weakref.ref(part), part.data_ptr(), part.shape) for part in parts
+        )
+        self.versions = _versions(parts)
+        self._settled = False
         self.shape = (*codes.shape[:-1], columns)
         self.device = codes.device
-        self._parts = (codes, absmax, absmax_scale, absmax_offset)
-        self._addresses = tuple(None if part is None else part.data_ptr() for part in self._parts)
         self._core = _core.DeviceWeight(
             spec.core(),
             layout=_layout(self.shape),
-            codes=_memory(codes),
-            absmax=_memory(absmax),
-            scale=_optional(absmax_scale),
-            offset=_optional(absmax_offset),
+            codes=_memory(dense[0]),
+            absmax=_memory(dense[1]),
+            scale=_optional(scale),
+            offset=_optional(offset),
         )
         self._elements = math.prod(self.shape)
-        self._most_fused_tokens = self._core.most_fused_tokens(self.device.index)
+        matrix = len(self.shape) == 2 and columns > 0
+        self._most_fused_tokens = self._core.most_fused_tokens(self.device.index) if matrix else 0
 
     def holds(self, *parts: Tensor | None) -> bool:
-        """Are these the tensors, and has none of them been moved in place (as ``module.to`` does)?"""
-        for part, own, address in zip(parts, self._parts, self._addresses):  # noqa: B905  # checked on every forward
-            if part is not own or (part is not None and part.data_ptr() != address):
+        """Are these the tensors, and has none of them been moved or restrided in place (as ``module.to`` moves)?"""
+        if self._copies:
+            return False
+        for part, mark in zip(parts, self._marks):  # noqa: B905  # on every forward pass: no more than is needed
+            if part is None or mark is None:
+                if (part is None) != (mark is None):
+                    return False
+            elif (
+                mark[0]() is not part or part.data_ptr() != mark[1] or part.shape != mark[2] or not part.is_contiguous()
+            ):
                 return False
+        versions = _versions(parts)
+        if versions is None or versions != self.versions:
+            self.versions, self._settled = versions, False
         return True
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
@@ -181,27 +216,42 @@ class DeviceWeight:
         All of x's dtype, where `fuses` says so.
         """
         rows, columns = self.shape
-        x = x.contiguous()
-        address, elements = x.data_ptr(), x.numel()
-        if address % 16:  # a view into the middle of a tensor
-            x = x.clone()
-            address = x.data_ptr()
-        tokens = elements // columns
-        y = torch.empty((*x.shape[:-1], rows), dtype=x.dtype, device=self.device)
+        x = self._operand("x", x, 16)
+        bias = None if bias is None else self._operand("bias", bias, x.element_size())
         term = None
         if lora is not None:
-            xa, b = lora[0].contiguous(), lora[1].contiguous()
+            xa, b = self._operand("xa", lora[0], 4), self._operand("B", lora[1], 4)
             term = (_memory(xa), _memory(b), b.shape[1], lora[2])
+        tokens = x.numel() // columns
+        y = torch.empty((*x.shape[:-1], rows), dtype=x.dtype, device=self.device)
         self._core.linear(
             _queue(self.device),
             tokens,
-            (address, elements),
-            (y.data_ptr(), tokens * rows),
-            None if bias is None else _memory(bias.contiguous()),
+            _memory(x),
+            _memory(y),
+            _optional(bias),
             term,
             _DTYPE_CODES[x.dtype],
+            self._settled,
         )
+        # From now on a launch may fetch the weight while the kernel before it still runs: whatever wrote the weight has
+        # ended by then. Where versions are not counted, nobody would notice that it is written again.
+        self._settled = self.versions is not None
         return y
+
+    def _operand(self, name: str, tensor: Tensor, alignment: int) -> Tensor:
+        """Contiguous, aligned, and on this device."""
+        if tensor.device != self.device:
+            raise ValueError(f"{name} is on {tensor.device}, the weight is on {self.device}: move one of them")
+        tensor = tensor.contiguous()
+        return tensor if tensor.data_ptr() % alignment == 0 else tensor.clone()
+
+
+def _versions(parts: Sequence[Tensor | None]) -> tuple[int, ...] | None:
+    """What tells that a tensor was written to; None for tensors made in inference mode, which do not count."""
+    if any(part is not None and part.is_inference() for part in parts):
+        return None
+    return tuple(-1 if part is None else part._version for part in parts)
 
 
 def dequantize(
@@ -214,11 +264,11 @@ def dequantize(
     dtype: torch.dtype,
 ) -> Tensor:
     """The weight of shape ``codes.shape[:-1] + (columns,)`` in ``dtype``, on the device of the codes."""
+    if codes.device.type == "cuda":
+        return DeviceWeight(codes, absmax, absmax_scale, absmax_offset, columns, spec).dequantize(dtype)
     codes, absmax = codes.contiguous(), absmax.contiguous()
     scale = None if absmax_scale is None else absmax_scale.contiguous()
     offset = None if absmax_offset is None else absmax_offset.contiguous()
-    if codes.device.type == "cuda":
-        return DeviceWeight(codes, absmax, scale, offset, columns, spec).dequantize(dtype)
     shape = (*codes.shape[:-1], columns)
     out = torch.empty(shape, dtype=dtype)
     _core.dequantize(

@@ -55,10 +55,12 @@ class DeviceWeight:
         ]
         | None,
         dtype: SupportsIndex,
+        settled: bool,
     ) -> None:
         """
         y = x W^T + bias + lora scale * xa B^T in one kernel: x (tokens, in), y (tokens, out), bias (out) or None, and
-        `lora` None or (xa (tokens, r), B (out, r), r, scale); all of `dtype`, bfloat16 or float16.
+        `lora` None or (xa (tokens, r), B (out, r), r, scale); all of `dtype`, bfloat16 or float16. `settled` says that
+        nothing writes to the weight any more: it may then be fetched before the kernel before has ended.
         """
     def most_fused_tokens(self, /, device: SupportsIndex) -> int:
         """

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._device import DeviceContext
 
 from qlora_rs import ops
 from qlora_rs._bridge import DeviceWeight
@@ -35,10 +36,17 @@ def unwatched(tensor: Tensor) -> bool:
         type(tensor) in _PLAIN
         and not torch.compiler.is_compiling()
         and torch._C._len_torch_dispatch_stack() == 0
-        and torch._C._len_torch_function_stack() == 0
+        and _only_devices_are_set()
         and torch._C._functorch.peek_interpreter_stack() is None
+        and torch.autograd.forward_ad._current_level < 0
         and not torch._C._get_tracing_state()
     )
+
+
+def _only_devices_are_set() -> bool:
+    """`torch.set_default_device` and ``with torch.device(...)`` are function modes too, but watch nothing."""
+    depth = torch._C._len_torch_function_stack()
+    return all(isinstance(torch._C._get_function_stack_at(index), DeviceContext) for index in range(depth))
 
 
 def device_weight(packed: PackedTensor) -> DeviceWeight:
@@ -54,36 +62,46 @@ def device_weight(packed: PackedTensor) -> DeviceWeight:
 class FrozenProduct:
     """x W^T + b and its gradient over one packed weight, whose parameters are looked up anew at each call."""
 
-    __slots__ = ("_spec", "_weight", "columns")
+    __slots__ = ("_weight", "columns", "spec")
 
     def __init__(self, columns: int, spec: QuantSpec) -> None:
         self.columns = columns
-        self._spec = spec
+        self.spec = spec
         self._weight: DeviceWeight | None = None
 
-    def weight(self, parts: Parts) -> DeviceWeight:
-        """The packed weight of these parameters, checked again only when one of them is another, or has moved."""
+    def weight(self, parts: Parts) -> DeviceWeight | None:
+        """The packed weight of these parameters, checked again only when one of them is another, or has moved.
+
+        None for tensors that are not what they seem (sharded ones, say): the operator knows how to refuse them.
+        """
         weight = self._weight
         if weight is None or not weight.holds(*parts):
+            if any(part is not None and type(part) not in _PLAIN for part in parts):
+                return None
             codes, absmax, scale, offset = parts
-            weight = self._weight = ops.device_weight(codes, absmax, scale, offset, self.columns, self._spec)
+            weight = self._weight = ops.device_weight(codes, absmax, scale, offset, self.columns, self.spec)
         return weight
 
-    def __call__(self, x: Tensor, parts: Parts, bias: Tensor | None) -> Tensor:
-        """The product; recorded for autograd where a gradient is wanted."""
+    def __call__(self, x: Tensor, parts: Parts, bias: Tensor | None) -> Tensor | None:
+        """The product, recorded for autograd where a gradient is wanted; None as `weight`."""
+        weight = self.weight(parts)
+        if weight is None:
+            return None
         if torch.is_autocast_enabled("cuda"):
             x = x.to(torch.get_autocast_dtype("cuda"))
         if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
-            y: Tensor = _Recorded.apply(x, bias, self, parts)
+            y: Tensor = _Recorded.apply(x, bias, self, weight, parts)
             return y
-        return ops.device_linear(x, self.weight(parts), bias)
+        return ops.device_linear(x, weight, bias)
 
     def with_adapter(
         self, x: Tensor, parts: Parts, bias: Tensor | None, a: Tensor, b: Tensor, scaling: float
     ) -> Tensor | None:
         """The product and ``scaling x A^T B^T`` in one kernel; None where there is none. Nothing is recorded."""
         weight = self.weight(parts)
-        if x.shape[-1] != self.columns or not weight.fuses(x.numel() // self.columns, x.dtype):
+        if weight is None or x.ndim == 0 or x.shape[-1] != self.columns:
+            return None
+        if not weight.fuses(x.numel() // max(1, self.columns), x.dtype):
             return None
         bias = None if bias is None else bias.to(x.dtype)
         xa = torch.nn.functional.linear(x, a.to(x.dtype))
@@ -94,25 +112,36 @@ class _Recorded(torch.autograd.Function):
     """Keeps the parameters, not their memory: sharding may free it until the backward pass."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, bias: Tensor | None, product: FrozenProduct, parts: Parts) -> Tensor:
-        ctx.product, ctx.parts = product, parts
+    def forward(
+        ctx: Any, x: Tensor, bias: Tensor | None, product: FrozenProduct, weight: DeviceWeight, parts: Parts
+    ) -> Tensor:
+        ctx.product, ctx.parts, ctx.versions = product, parts, weight.versions
         ctx.bias_dtype = None if bias is None else bias.dtype
-        return ops.device_linear(x, product.weight(parts), bias)
+        return ops.device_linear(x, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         grad_x = grad_bias = None
         if ctx.needs_input_grad[0]:
-            if torch.is_grad_enabled() or not applies(
-                grad
-            ):  # a gradient of this gradient is wanted: the operator has one
-                spec = ctx.product._spec
-                codebook = None if spec.codebook is None else list(spec.codebook)
-                grad_x = torch.ops.qlora_rs.linear_backward(
-                    grad, *ctx.parts, ctx.product.columns, spec.quant_type, spec.block_size, codebook
-                )
-            else:
-                grad_x = ops.device_linear_backward(grad, ctx.product.weight(ctx.parts))
+            grad_x = _Recorded.grad_x(ctx, grad)
         if ctx.needs_input_grad[1]:
             grad_bias = grad.sum_to_size(grad.shape[-1:]).to(ctx.bias_dtype)
-        return grad_x, grad_bias, None, None
+        return grad_x, grad_bias, None, None, None
+
+    @staticmethod
+    def grad_x(ctx: Any, grad: Tensor) -> Tensor:
+        # Where a gradient of this gradient is wanted, the operator has one.
+        if not torch.is_grad_enabled() and applies(grad):
+            weight = ctx.product.weight(ctx.parts)
+            if weight is not None:
+                if weight.versions != ctx.versions:
+                    raise RuntimeError(
+                        "a packed weight was modified in place between the forward and the backward pass"
+                    )
+                return ops.device_linear_backward(grad, weight)
+        spec = ctx.product.spec
+        codebook = None if spec.codebook is None else list(spec.codebook)
+        grad_x: Tensor = torch.ops.qlora_rs.linear_backward(
+            grad, *ctx.parts, ctx.product.columns, spec.quant_type, spec.block_size, codebook
+        )
+        return grad_x

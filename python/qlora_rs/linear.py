@@ -122,7 +122,9 @@ class Linear4bit(nn.Linear):
         """x of shape (..., in), float32, bfloat16 or float16 (under autocast its type) -> (..., out) in that type."""
         parts = (self.weight, self.weight_absmax, self.weight_absmax_scale, self.weight_absmax_offset)
         if direct.applies(x):
-            return self._product(x, parts, self.bias)
+            product = self._product(x, parts, self.bias)
+            if product is not None:
+                return product
         y: Tensor = torch.ops.qlora_rs.linear(
             x,
             *parts,
@@ -135,7 +137,7 @@ class Linear4bit(nn.Linear):
         return y
 
     def fused_with_adapter(self, x: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor | None:
-        """``x W^T + b + scaling x A^T B^T`` with one rounding, or None where no kernel does both at once.
+        """``x W^T + b + scaling x A^T B^T``, the sum rounded once, or None where no kernel does both at once.
 
         That is on a CUDA device, for few tokens in bfloat16 or float16, where no gradient is wanted.
         """

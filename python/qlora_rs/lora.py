@@ -7,10 +7,11 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as module_of_torch
 
 from qlora_rs.linear import Linear4bit
 from qlora_rs.selection import matches, select_linear
@@ -53,6 +54,19 @@ class LoraTerm(torch.autograd.Function):
 def _rows(x: Tensor) -> Tensor:
     """(..., n) -> (product, n); a vector is one row."""
     return x.flatten(0, -2) if x.ndim > 1 else x[None]
+
+
+def _is_bare(layer: nn.Module) -> TypeGuard[Linear4bit]:
+    """Is this a packed layer whose call does nothing but its own forward, so that a kernel may stand in for it?
+
+    Hooks capture activations, gather shards or bring offloaded weights; they have to run.
+    """
+    return (
+        type(layer) is Linear4bit
+        and "forward" not in layer.__dict__  # accelerate puts its own there
+        and not (layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks)
+        and not (module_of_torch._global_forward_hooks or module_of_torch._global_forward_pre_hooks)
+    )
 
 
 class LoraLinear(nn.Module):
@@ -124,7 +138,7 @@ class LoraLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in) -> (..., out)."""
         dropped = self.lora_dropout > 0 and self.training
-        if self.enabled and not dropped and isinstance(self.base_layer, Linear4bit):
+        if self.enabled and not dropped and _is_bare(self.base_layer):
             fused = self.base_layer.fused_with_adapter(x, self.lora_A, self.lora_B, self.scaling)
             if fused is not None:
                 return fused

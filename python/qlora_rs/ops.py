@@ -205,10 +205,10 @@ def _linear_backward(grad: Tensor, codes: Tensor, *packed: Any) -> Tensor:
 
 
 def _device_weight(codes: Tensor, absmax: Tensor, scale: Tensor | None, offset: Tensor | None, *rest: Any) -> Any:
+    if not codes.is_cuda:
+        raise ValueError(f"x is on a CUDA device, the packed weight is on {codes.device}: move one of them")
     spec = _checked(codes, absmax, scale, offset, *rest)
-    scale = None if scale is None else scale.contiguous()
-    offset = None if offset is None else offset.contiguous()
-    return _bridge.DeviceWeight(codes.contiguous(), absmax.contiguous(), scale, offset, rest[0], spec)
+    return _bridge.DeviceWeight(codes, absmax, scale, offset, rest[0], spec)
 
 
 def device_weight(

@@ -201,6 +201,19 @@ def test_more_than_2_to_the_31_elements() -> None:
         )  # fmt: skip
         assert torch.equal(out[end].cpu(), want)
         assert (nested[end].cpu() - want).abs().max() < 0.1
+    own = plain.absmax.cpu()
+    codes, scale, offset = (torch.empty_like(part, device="cpu") for part in
+                            (packed.absmax, packed.absmax_scale, packed.absmax_offset))  # fmt: skip
+    memory = {"absmax": own, "codes": codes, "scale": scale, "offset": offset}
+    qlora_rs._core.double_quantize(
+        packed.spec.core(),
+        layout=(1, rows, columns),
+        num_threads=torch.get_num_threads(),
+        **{name: (part.data_ptr(), part.numel()) for name, part in memory.items()},
+    )
+    assert torch.equal(codes, packed.absmax.cpu())
+    assert torch.equal(scale, packed.absmax_scale.cpu())
+    assert torch.equal(offset, packed.absmax_offset.cpu())
 
 
 def test_work_runs_on_the_callers_stream() -> None:

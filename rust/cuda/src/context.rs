@@ -13,6 +13,8 @@ use crate::modules::Modules;
 const MAX_DEVICES: usize = 64;
 /// What the kernels' PTX asks of a driver.
 const LEAST_DRIVER: (i32, i32) = (12, 0);
+/// Drivers before this one do not capture overlapping launches.
+const OVERLAP_DRIVER: (i32, i32) = (12, 3);
 /// What the oldest kernels' PTX asks of a device.
 const LEAST_CAPABILITY: (i32, i32) = (7, 5);
 
@@ -24,8 +26,8 @@ pub struct Device {
     pub capability: (i32, i32),
     /// Number of streaming multiprocessors.
     pub multiprocessors: u32,
-    /// Bytes of L2 cache.
-    pub l2_bytes: usize,
+    /// CUDA version that the driver supports, (major, minor).
+    driver: (i32, i32),
     /// Bytes of shared memory that one CTA may ask for.
     pub shared_bytes: u32,
     /// Marketing name.
@@ -64,7 +66,7 @@ pub fn device(ordinal: i32) -> Result<&'static Device, CudaError> {
     }
     let slot = slot.filter(|_| ordinal < count).ok_or(CudaError::Ordinal { ordinal, count })?;
     if slot.get().is_none() {
-        let device = open(ordinal)?;
+        let device = open(ordinal, version)?;
         OWNER.store(std::process::id(), Ordering::Release);
         // Nobody else can have filled it: the lock is held.
         let _ = slot.set(device);
@@ -72,7 +74,7 @@ pub fn device(ordinal: i32) -> Result<&'static Device, CudaError> {
     slot.get().ok_or(CudaError::NoDevice)
 }
 
-fn open(ordinal: i32) -> Result<Device, CudaError> {
+fn open(ordinal: i32, driver: (i32, i32)) -> Result<Device, CudaError> {
     use sys::CUdevice_attribute as Attribute;
 
     let handle = result::device::get(ordinal).map_err(failed("cuDeviceGet"))?;
@@ -90,7 +92,7 @@ fn open(ordinal: i32) -> Result<Device, CudaError> {
         context: unsafe { result::primary_ctx::retain(handle) }.map_err(failed("cuDevicePrimaryCtxRetain"))?,
         capability,
         multiprocessors: unsigned(Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?.max(1),
-        l2_bytes: unsigned(Attribute::CU_DEVICE_ATTRIBUTE_L2_CACHE_SIZE)? as usize,
+        driver,
         shared_bytes: unsigned(Attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)?,
         name,
         modules: Modules::default(),
@@ -98,6 +100,12 @@ fn open(ordinal: i32) -> Result<Device, CudaError> {
 }
 
 impl Device {
+    /// Can a kernel start before the one before it has ended, also in a graph that is captured? Kernels for 9.0 and
+    /// later wait by themselves; older ones do not know how.
+    pub(crate) fn overlaps(&self) -> bool {
+        self.capability >= (9, 0) && self.driver >= OVERLAP_DRIVER
+    }
+
     /// Makes this device's context the calling thread's, until the guard is dropped where the thread had another.
     ///
     /// # Errors

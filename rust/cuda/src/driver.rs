@@ -40,7 +40,11 @@ pub(crate) fn initialise() -> Result<((i32, i32), i32), CudaError> {
     if !unsafe { sys::is_culib_present() } {
         return Err(CudaError::NoDriver);
     }
-    result::init().map_err(failed("cuInit"))?;
+    result::init().map_err(|error| match error.0 {
+        // So answers a driver that was started before a fork.
+        sys::CUresult::CUDA_ERROR_NOT_INITIALIZED => CudaError::Forked,
+        _ => failed("cuInit")(error),
+    })?;
     let mut version = 0;
     // SAFETY: the out pointer is a live local.
     unsafe { sys::cuDriverGetVersion(&raw mut version) }.result().map_err(failed("cuDriverGetVersion"))?;

@@ -47,6 +47,9 @@ pub struct Plan {
 /// Most tokens that are worth a fused product; above, dequantizing for cuBLAS is at least as fast.
 pub const MOST_TOKENS: u32 = 256;
 
+/// Tiles of 128 rows are the grid's second dimension, which ends at 65,535.
+const MOST_ROWS: u64 = 65_535 * 128;
+
 /// Up to so many tokens, small weights too are worth a fused product.
 const FEW_TOKENS: u32 = 32;
 const SMALL_WEIGHT: u64 = 8 << 20;
@@ -61,7 +64,7 @@ pub fn supported(product: &Product, target: &Target) -> bool {
     let Product { tokens, rows, columns, block_size, .. } = *product;
     (1..=MOST_TOKENS).contains(&tokens)
         && target.sm >= 80
-        && (1..1 << 31).contains(&rows)
+        && (1..=MOST_ROWS).contains(&rows)
         && (64..1 << 30).contains(&columns)
         && columns.is_multiple_of(64)
         && block_size.is_power_of_two()

@@ -38,6 +38,8 @@ pub struct Operands {
     pub y: DevicePtr,
     /// `[rows]` of `dtype`, or 0.
     pub bias: DevicePtr,
+    /// Whatever wrote the weight has ended: its bytes may be fetched while the kernel before still runs.
+    pub settled: bool,
     /// An adapter's term, added before the one rounding.
     pub lora: Option<LowRank>,
     /// Rows of x.
@@ -69,7 +71,7 @@ pub fn most_fused_tokens(ordinal: i32, spec: &QuantSpec, layout: &Layout, codes:
 ///
 /// # Safety
 /// The pointers name memory of the queue's device with the sizes that `layout` and `operands` give, valid until its stream
-/// has passed; nothing on the stream writes to the weight any more.
+/// has passed; where `settled`, nothing that is queued or runs writes to the weight.
 pub unsafe fn linear_4bit(
     queue: Queue,
     spec: &QuantSpec,
@@ -79,7 +81,7 @@ pub unsafe fn linear_4bit(
     operands: &Operands,
 ) -> Result<(), CudaError> {
     let device = device(queue.device)?;
-    let Operands { x, y, bias, lora, tokens, dtype } = *operands;
+    let Operands { x, y, bias, settled, lora, tokens, dtype } = *operands;
     let lora = lora.unwrap_or(LowRank { xa: 0, b: 0, scale: 0.0, rank: 0 });
     let product = product(spec, layout, tokens, lora.rank > 0);
     let target = target(device);
@@ -118,8 +120,7 @@ pub unsafe fn linear_4bit(
         threads: plan.threads,
         shared_bytes: plan.shared_bytes,
         cluster: plan.grid.2,
-        // Kernels for sm_90 wait by themselves for what the kernel before wrote; older ones do not know how.
-        overlap: target.sm >= 90,
+        overlap: settled && device.overlaps(),
     };
     // SAFETY: the arguments are LINEAR_4BIT_PARAMETERS of linear_4bit_problem.cuh; the caller vouches for the memory.
     unsafe { launch(device.function(file, (stem, plan.entry))?, grid, queue, &mut args) }

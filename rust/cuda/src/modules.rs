@@ -3,7 +3,6 @@
 use std::collections::HashMap;
 use std::ffi::{CString, c_void};
 use std::path::Path;
-use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Mutex, PoisonError, RwLock};
 
 use cudarc::driver::{result, sys};
@@ -98,8 +97,9 @@ const LOG_BYTES: usize = 8192;
 #[derive(Debug)]
 pub(crate) struct Function {
     pub(crate) handle: sys::CUfunction,
-    /// Bytes of dynamic shared memory that it has been allowed.
-    allowed_shared: AtomicU32,
+    /// Bytes of dynamic shared memory that it has been allowed. The driver sets what it is told, not the larger, so that
+    /// two threads must not do this at once.
+    allowed_shared: Mutex<u32>,
 }
 
 // SAFETY: a CUfunction is a handle that the driver lets any thread use.
@@ -111,11 +111,15 @@ impl Function {
     /// Lets the kernel be launched with this much dynamic shared memory.
     pub(crate) fn allow_shared(&self, bytes: u32) -> Result<(), CudaError> {
         use sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES as LIMIT;
-        if bytes > self.allowed_shared.load(Ordering::Relaxed) {
+        if bytes == 0 {
+            return Ok(());
+        }
+        let mut allowed = self.allowed_shared.lock().unwrap_or_else(PoisonError::into_inner);
+        if bytes > *allowed {
             // SAFETY: the handle lives as long as the process.
             unsafe { result::function::set_function_attribute(self.handle, LIMIT, bytes.cast_signed()) }
                 .map_err(failed("cuFuncSetAttribute"))?;
-            self.allowed_shared.fetch_max(bytes, Ordering::Relaxed);
+            *allowed = bytes;
         }
         Ok(())
     }
@@ -146,7 +150,7 @@ impl Device {
             .map_err(|_| CudaError::Unsupported(format!("kernel name {name:?}")))?;
         // SAFETY: `module` was loaded on this device and is never unloaded.
         let handle = unsafe { result::module::get_function(module, symbol) }.map_err(failed("cuModuleGetFunction"))?;
-        let function = &*Box::leak(Box::new(Function { handle, allowed_shared: AtomicU32::new(0) }));
+        let function = &*Box::leak(Box::new(Function { handle, allowed_shared: Mutex::new(0) }));
         Ok(functions.write().unwrap_or_else(PoisonError::into_inner).entry(name).or_insert(function))
     }
 
@@ -182,12 +186,29 @@ impl Device {
         let _entered = self.enter()?;
         for file in FILES {
             match self.module(file) {
-                Ok(_) | Err(CudaError::OldDevice { .. }) => {}
+                // A kernel whose handle nobody asked for may be loaded only at its first launch.
+                Ok(module) => file.for_device(self.capability).map_or(Ok(()), |ptx| resolve(module, ptx.text))?,
+                Err(CudaError::OldDevice { .. }) => {}
                 Err(error) => return Err(error),
             }
         }
         Ok(())
     }
+}
+
+/// Ask for every kernel that the PTX text declares.
+fn resolve(module: sys::CUmodule, text: &str) -> Result<(), CudaError> {
+    for name in text.split(".entry ").skip(1).filter_map(|rest| rest.split('(').next()) {
+        let symbol = CString::new(name.trim()).map_err(|_| CudaError::Unsupported(format!("kernel name {name:?}")))?;
+        // SAFETY: `module` was loaded from this text and is never unloaded.
+        match unsafe { result::module::get_function(module, symbol) } {
+            Ok(_) => {}
+            // A file of QLORA_RS_PTX_DIR need not hold all of them.
+            Err(error) if error.0 == sys::CUresult::CUDA_ERROR_NOT_FOUND => {}
+            Err(error) => return Err(failed("cuModuleGetFunction")(error)),
+        }
+    }
+    Ok(())
 }
 
 fn load(file: &str, text: &str) -> Result<sys::CUmodule, CudaError> {

@@ -136,8 +136,9 @@ impl DeviceWeight {
     }
 
     /// y = x W^T + bias + lora scale * xa B^T in one kernel: x (tokens, in), y (tokens, out), bias (out) or None, and
-    /// `lora` None or (xa (tokens, r), B (out, r), r, scale); all of `dtype`, bfloat16 or float16.
-    #[pyo3(signature = (queue, tokens, x, y, bias, lora, dtype))]
+    /// `lora` None or (xa (tokens, r), B (out, r), r, scale); all of `dtype`, bfloat16 or float16. `settled` says that
+    /// nothing writes to the weight any more: it may then be fetched before the kernel before has ended.
+    #[pyo3(signature = (queue, tokens, x, y, bias, lora, dtype, settled))]
     #[allow(clippy::too_many_arguments)] // named at the only call, in _bridge.py
     fn linear(
         &self,
@@ -149,6 +150,7 @@ impl DeviceWeight {
         bias: Option<Memory>,
         lora: Option<(Memory, Memory, usize, f32)>,
         dtype: u8,
+        settled: bool,
     ) -> PyResult<()> {
         let dtype = float_type(dtype)?;
         let (rows, columns, count) = (self.layout.rows(), self.layout.cols(), tokens as usize);
@@ -164,7 +166,7 @@ impl DeviceWeight {
         let lora =
             lora.map(|(xa, b, rank, scale)| LowRank { xa: pointer(xa), b: pointer(b), scale, rank: rank as i32 });
         let bias = bias.map_or(0, pointer);
-        let operands = Operands { x: pointer(x), y: pointer(y), bias, lora, tokens, dtype };
+        let operands = Operands { x: pointer(x), y: pointer(y), bias, settled, lora, tokens, dtype };
         let queue = queue_of(queue);
         run(py, || {
             // SAFETY: `_bridge.py` passes live contiguous tensors of this device, whose lengths were checked.

@@ -61,7 +61,7 @@ def dequantize(packed: PackedTensor, dtype: torch.dtype | None = None) -> Tensor
 
     Raises:
         TypeError: ``dtype`` is not a floating type that has a kernel.
-        ValueError: a code lies outside the codebook.
+        ValueError: a code lies outside the codebook (on a CUDA device, where asking would wait for it: NaN there).
     """
     dtype = packed.dtype if dtype is None else dtype
     if packed.codes.is_cuda and dtype in FLOAT_DTYPES and direct.unwatched(packed.codes):

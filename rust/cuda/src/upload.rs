@@ -62,6 +62,8 @@ impl Uploader {
                 .map_err(failed("cuMemHostAlloc"))?
                 .cast::<u8>();
             let memory = NonNull::new(memory).ok_or(CudaError::NoDevice)?;
+            // SAFETY: just allocated with this size. `buffer` hands it out as bytes, which have to hold a value.
+            unsafe { memory.as_ptr().write_bytes(0, uploader.buffer_bytes) };
             match event() {
                 Ok(free) => uploader.buffers.push(Buffer { memory, free }),
                 Err(error) => {
@@ -106,7 +108,7 @@ impl ByteSink for Uploader {
         self.current = (self.current + 1) % self.buffers.len();
         let Buffer { memory, free } = &self.buffers[self.current];
         // SAFETY: the event is live; once it has passed no copy reads the buffer, which belongs to this value alone and
-        // was allocated with `buffer_bytes`. Every byte is initialised: the driver hands out zeroed pages, written since.
+        // was allocated with `buffer_bytes` and filled.
         unsafe {
             result::event::synchronize(*free).map_err(failed("cuEventSynchronize"))?;
             Ok(std::slice::from_raw_parts_mut(memory.as_ptr(), bytes))

@@ -285,6 +285,37 @@ def dequantize(
     return out
 
 
+def linear_cpu(
+    x: Tensor,
+    codes: Tensor,
+    absmax: Tensor,
+    absmax_scale: Tensor | None,
+    absmax_offset: Tensor | None,
+    spec: QuantSpec,
+    bias: Tensor | None,
+) -> Tensor:
+    """x W^T + bias (of x's dtype) for a 4-bit matrix in CPU memory, which is never dequantized as a whole."""
+    x, codes, absmax = x.contiguous(), codes.contiguous(), absmax.contiguous()
+    scale = None if absmax_scale is None else absmax_scale.contiguous()
+    offset = None if absmax_offset is None else absmax_offset.contiguous()
+    bias = None if bias is None else bias.contiguous()
+    y = torch.empty((*x.shape[:-1], codes.shape[0]), dtype=x.dtype)
+    _core.linear(
+        spec.core(),
+        layout=_layout((codes.shape[0], x.shape[-1])),
+        codes=_memory(codes),
+        absmax=_memory(absmax),
+        scale=_optional(scale),
+        offset=_optional(offset),
+        x=_memory(x),
+        bias=_optional(bias),
+        y=_memory(y),
+        dtype=_DTYPE_CODES[x.dtype],
+        num_threads=torch.get_num_threads(),
+    )
+    return y
+
+
 def warmup(device: torch.device) -> None:
     """Compile every kernel for a CUDA device now."""
     current = torch.cuda.current_device() if torch.cuda.is_initialized() else 0

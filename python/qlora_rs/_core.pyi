@@ -180,6 +180,25 @@ def dynamic_map() -> list[float]:
     The 256 float32 values of the signed 8-bit dynamic map, which double quantization uses.
     """
 
+def linear(
+    spec: Spec,
+    *,
+    layout: tuple[SupportsIndex, SupportsIndex, SupportsIndex],
+    codes: tuple[SupportsIndex, SupportsIndex],
+    absmax: tuple[SupportsIndex, SupportsIndex],
+    scale: tuple[SupportsIndex, SupportsIndex] | None,
+    offset: tuple[SupportsIndex, SupportsIndex] | None,
+    x: tuple[SupportsIndex, SupportsIndex],
+    bias: tuple[SupportsIndex, SupportsIndex] | None,
+    y: tuple[SupportsIndex, SupportsIndex],
+    dtype: SupportsIndex,
+    num_threads: SupportsIndex,
+) -> None:
+    """
+    `y` (tokens, rows) = `x` (tokens, columns) times the transposed matrix, plus `bias` (rows), elements of `dtype`, for
+    4-bit codes: the dequantized matrix is never written. `absmax`, `scale` and `offset` as in `dequantize`.
+    """
+
 def pack_checkpoint(
     spec: Spec,
     *,

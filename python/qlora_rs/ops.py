@@ -18,6 +18,8 @@ from qlora_rs.packed import FLOAT_DTYPES, PackedShapes
 from qlora_rs.spec import QuantSpec
 
 DEVICES = ("cpu", "cuda", "meta")
+# On the CPU. From here on the matrix product of torch makes up for the time that dequantizing takes.
+MOST_FUSED_TOKENS = 32
 
 _library = torch.library.Library("qlora_rs", "DEF")
 _PACKED = "Tensor codes, Tensor absmax, Tensor? absmax_scale, Tensor? absmax_offset, SymInt columns"
@@ -182,8 +184,19 @@ def _linear(x: Tensor, *packed_and_bias: Any) -> Tensor:
     if x.is_cuda and x.dtype in FLOAT_DTYPES:
         return device_linear(x, _device_weight(*packed), bias)
     _expect_width("x", "in_features", x, packed[4])
+    if _fuses_on_cpu(x, packed[0]):
+        spec = _checked(*packed)
+        if spec.bits == 4:
+            codes, absmax, scale, offset = packed[:4]
+            return _bridge.linear_cpu(x, codes, absmax, scale, offset, spec, None if bias is None else bias.to(x.dtype))
     weight: Tensor = _dequantize(*packed, dtype=x.dtype)
     return torch.nn.functional.linear(x, weight, None if bias is None else bias.to(x.dtype))
+
+
+def _fuses_on_cpu(x: Tensor, codes: Tensor) -> bool:
+    """Is a product with 4-bit codes made without dequantizing the weight first?"""
+    few = 0 < x.numel() <= MOST_FUSED_TOKENS * x.shape[-1]
+    return few and x.dtype in FLOAT_DTYPES and x.device.type == codes.device.type == "cpu" and codes.ndim == 2
 
 
 def _expect_width(name: str, meaning: str, x: Tensor, expected: int) -> None:

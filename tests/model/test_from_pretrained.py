@@ -96,9 +96,11 @@ def test_computes_what_the_dequantized_model_computes(packed):
     ours = qlora_rs.from_pretrained(packed, dtype="float32")
     theirs = AutoModelForCausalLM.from_pretrained(packed, dtype=torch.float32).dequantize()
     assert not any(isinstance(module, Linear4bit) for module in theirs.modules())
-    ids = torch.arange(31)[None]
+    few, many = torch.arange(31)[None], torch.arange(47)[None]
     with torch.no_grad():
-        assert torch.equal(ours(ids).logits, theirs(ids).logits)
+        # Few tokens are multiplied with the packed weight itself, whose sums have an order of their own.
+        torch.testing.assert_close(ours(few).logits, theirs(few).logits, rtol=1e-4, atol=1e-5)
+        assert torch.equal(ours(many).logits, theirs(many).logits)
 
 
 def test_a_tied_head_stays_tied(make_tiny_llama, tmp_path):

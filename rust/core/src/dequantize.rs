@@ -136,7 +136,11 @@ impl Job<'_> {
                 first = last;
             }
         })?;
-        if unknown.into_inner() { Err(self.first_unknown_code()) } else { Ok(()) }
+        if unknown.into_inner() {
+            let entries = self.spec.codebook().values().len();
+            return Err(first_unknown_code(self.codes, &self.runs, entries).expect("such a code was seen"));
+        }
+        Ok(())
     }
 
     /// Does a byte, the padding of odd rows included, hold a code that the table lacks? A full table needs no look.
@@ -149,24 +153,6 @@ impl Job<'_> {
             (false, _) => bytes.iter().fold(0, |top, byte| top.max(*byte)),
         };
         usize::from(largest) >= entries
-    }
-
-    fn first_unknown_code(&self) -> CoreError {
-        let entries = self.spec.codebook().values().len();
-        for block in 0..self.runs.blocks {
-            let bytes = &self.codes[self.runs.byte(block)..];
-            let len = self.runs.len(block);
-            let padded = if self.runs.nibbles { len.next_multiple_of(2) } else { len };
-            for index in 0..padded {
-                let code = if self.runs.nibbles { nibble(bytes, index) } else { bytes[index] };
-                if usize::from(code) >= entries {
-                    // Odd padding counts as part of the row's last element.
-                    let first = self.runs.element(block) + index.min(len - 1);
-                    return CoreError::Code { code, first: first as u64, entries };
-                }
-            }
-        }
-        unreachable!("only called when such a code was seen")
     }
 
     /// At most [`SCALE_BATCH`] consecutive blocks.
@@ -226,6 +212,24 @@ impl Job<'_> {
             }
         }
     }
+}
+
+/// The error that names the first code beyond a table of so many entries; `None` where there is no such code.
+pub(crate) fn first_unknown_code(codes: &[u8], runs: &Runs, entries: usize) -> Option<CoreError> {
+    for block in 0..runs.blocks {
+        let bytes = &codes[runs.byte(block)..];
+        let len = runs.len(block);
+        let padded = if runs.nibbles { len.next_multiple_of(2) } else { len };
+        for index in 0..padded {
+            let code = if runs.nibbles { nibble(bytes, index) } else { bytes[index] };
+            if usize::from(code) >= entries {
+                // Odd padding counts as part of the row's last element.
+                let first = runs.element(block) + index.min(len - 1);
+                return Some(CoreError::Code { code, first: first as u64, entries });
+            }
+        }
+    }
+    None
 }
 
 /// The truth: one block of nibble codes. A block has at most 16 different elements, so each is rounded only once.

@@ -26,7 +26,7 @@ mod _core {
     #[pymodule_export]
     use super::load::cuda_load;
     #[pymodule_export]
-    use super::quantize::{dequantize, double_quantize, dynamic_map, quantize, simd_level};
+    use super::quantize::{dequantize, double_quantize, dynamic_map, linear, quantize, simd_level};
     #[pymodule_export]
     use super::spec::Spec;
 

@@ -1,0 +1,298 @@
+//! y = x W^T + b for few tokens x, from the packed W: the dequantized matrix is never written.
+//!
+//! Every output is one chain of float32 sums whose order follows from the number of columns alone, so it depends
+//! neither on the threads, nor on the instruction set, nor on which other tokens and rows there are: a row is cut into
+//! units of 32 elements; lane l of 16 adds, unit by unit, element 2 l and then element 2 l + 1 times the token's, each
+//! by a fused multiply-add; at the end lane l + 8 is added to l, then l + 4, l + 2 and l + 1.
+
+use crate::control::Control;
+use crate::dequantize::{Scales, first_unknown_code};
+use crate::double_quant::decode_scales;
+use crate::error::CoreError;
+use crate::float::{CANONICAL_NAN, Element, Floats, FloatsMut};
+use crate::layout::Layout;
+use crate::parallel::Parallel;
+use crate::simd::{self, SimdLevel};
+use crate::spec::QuantSpec;
+
+/// Elements of a unit: no block size is less.
+pub(crate) const UNIT: usize = 32;
+/// Sums side by side.
+pub(crate) const LANES: usize = UNIT / 2;
+/// Rows whose scales are decoded, and whose results are rounded, at a time.
+const ROWS_AT_A_TIME: usize = 16;
+
+/// A packed matrix (rows, columns).
+#[derive(Debug, Clone, Copy)]
+pub struct PackedMatrix<'a> {
+    /// Two codes a byte.
+    pub codes: &'a [u8],
+    /// One scale a block.
+    pub scales: Scales<'a>,
+    /// Of one expert.
+    pub layout: &'a Layout,
+    /// At most 16 table entries.
+    pub spec: &'a QuantSpec,
+}
+
+/// The product of `x` (tokens, columns) and the weight's transpose, plus `bias` (rows), into `y` (tokens, rows), rounded
+/// once to y's type, which all three have. A scale that is not finite gives NaN in its row.
+///
+/// # Errors
+/// [`CoreError::Shape`] when lengths or types do not fit, or the codes are bytes; [`CoreError::Code`] for a code that
+/// the codebook does not have; [`CoreError::Interrupted`].
+pub fn linear(
+    weight: &PackedMatrix<'_>,
+    x: Floats<'_>,
+    bias: Option<Floats<'_>>,
+    y: FloatsMut<'_>,
+    parallel: &Parallel,
+    control: &Control,
+) -> Result<(), CoreError> {
+    linear_at(simd::simd_level()?, weight, x, bias, y, parallel, control)
+}
+
+/// [`linear`] with a given instruction set, which the processor must have.
+///
+/// # Errors
+/// As [`linear`].
+pub fn linear_at(
+    level: SimdLevel,
+    weight: &PackedMatrix<'_>,
+    x: Floats<'_>,
+    bias: Option<Floats<'_>>,
+    y: FloatsMut<'_>,
+    parallel: &Parallel,
+    control: &Control,
+) -> Result<(), CoreError> {
+    let job = Job::new(level, weight)?;
+    match (x, bias, y) {
+        (Floats::F32(x), None, FloatsMut::F32(y)) => job.run(x, None, y, parallel, control),
+        (Floats::F32(x), Some(Floats::F32(bias)), FloatsMut::F32(y)) => job.run(x, Some(bias), y, parallel, control),
+        (Floats::Bf16(x), None, FloatsMut::Bf16(y)) => job.run(x, None, y, parallel, control),
+        (Floats::Bf16(x), Some(Floats::Bf16(bias)), FloatsMut::Bf16(y)) => job.run(x, Some(bias), y, parallel, control),
+        (Floats::F16(x), None, FloatsMut::F16(y)) => job.run(x, None, y, parallel, control),
+        (Floats::F16(x), Some(Floats::F16(bias)), FloatsMut::F16(y)) => job.run(x, Some(bias), y, parallel, control),
+        _ => Err(CoreError::Shape("x, bias and y are of one float type".into())),
+    }
+}
+
+struct Job<'a> {
+    level: SimdLevel,
+    weight: &'a PackedMatrix<'a>,
+    /// NaN beyond the codebook's entries: a code that does not exist then shows in the result.
+    table: [f32; 16],
+}
+
+/// Consecutive rows, and where their results go: for each token a slice.
+struct Piece<'a, T> {
+    first: usize,
+    out: Vec<&'a mut [T]>,
+}
+
+impl<'a> Job<'a> {
+    fn new(level: SimdLevel, weight: &'a PackedMatrix<'a>) -> Result<Self, CoreError> {
+        let layout = weight.layout;
+        let fits = match weight.scales {
+            Scales::Plain(absmax) => absmax.len() == layout.blocks(),
+            Scales::Nested { codes, scale, offset } => {
+                (codes.len(), scale.len(), offset.len()) == (layout.blocks(), layout.groups(), 1)
+            }
+        };
+        if !fits || layout.experts() != 1 || layout.bits() != 4 || weight.codes.len() != layout.code_bytes() {
+            return Err(CoreError::Shape(format!(
+                "expected one matrix of 4-bit codes with {} code bytes and {} scales; got {} matrices of {}-bit codes \
+                 and {} bytes{}",
+                layout.code_bytes(),
+                layout.blocks(),
+                layout.experts(),
+                layout.bits(),
+                weight.codes.len(),
+                if fits { "" } else { ", and scales of other lengths" }
+            )));
+        }
+        let mut table = [f32::NAN; 16];
+        let values = weight.spec.codebook().values();
+        table[..values.len()].copy_from_slice(values);
+        Ok(Self { level, weight, table })
+    }
+
+    fn run<T: Element>(
+        &self,
+        x: &[T],
+        bias: Option<&[T]>,
+        y: &mut [T],
+        parallel: &Parallel,
+        control: &Control,
+    ) -> Result<(), CoreError> {
+        let (rows, cols) = (self.weight.layout.rows(), self.weight.layout.cols());
+        let tokens = x.len().checked_div(cols).or(y.len().checked_div(rows)).unwrap_or(0);
+        if x.len() != tokens * cols || y.len() != tokens * rows || bias.is_some_and(|bias| bias.len() != rows) {
+            return Err(CoreError::Shape(format!(
+                "x has {} elements, y {} and the bias {:?}; the weight is {rows} by {cols}",
+                x.len(),
+                y.len(),
+                bias.map(<[T]>::len)
+            )));
+        }
+        if y.is_empty() {
+            return Ok(());
+        }
+        let staged = stage(x, cols);
+        let blocks = parallel.blocks_per_piece(self.weight.layout.blocks(), self.weight.layout.block_size());
+        let per_piece = (blocks / self.weight.layout.blocks_per_row().max(1)).max(1).next_multiple_of(ROWS_AT_A_TIME);
+        let mut pieces: Vec<Piece<'_, T>> =
+            (0..rows).step_by(per_piece).map(|first| Piece { first, out: Vec::with_capacity(tokens) }).collect();
+        for of_token in y.chunks_mut(rows) {
+            for (piece, out) in pieces.iter_mut().zip(of_token.chunks_mut(per_piece)) {
+                piece.out.push(out);
+            }
+        }
+        let undefined = std::sync::atomic::AtomicBool::new(false);
+        parallel.for_each(pieces, control, |piece| {
+            if self.piece(&staged, bias, piece) {
+                undefined.store(true, std::sync::atomic::Ordering::Relaxed);
+            }
+        })?;
+        let entries = self.weight.spec.codebook().values().len();
+        if entries < 16 && undefined.into_inner() {
+            return first_unknown_code(self.weight.codes, &self.weight.layout.runs(), entries).map_or(Ok(()), Err);
+        }
+        Ok(())
+    }
+
+    /// Returns whether a result is NaN.
+    fn piece<T: Element>(&self, staged: &[f32], bias: Option<&[T]>, mut piece: Piece<'_, T>) -> bool {
+        let layout = self.weight.layout;
+        let (rows, tokens, per_row) = (piece.out[0].len(), piece.out.len(), layout.blocks_per_row());
+        let mut absmax = vec![0.0; per_row * ROWS_AT_A_TIME.min(rows)];
+        let mut sums = vec![0.0; tokens * ROWS_AT_A_TIME.min(rows)];
+        let mut undefined = false;
+        for start in (0..rows).step_by(ROWS_AT_A_TIME) {
+            let here = ROWS_AT_A_TIME.min(rows - start);
+            let first = piece.first + start;
+            let (absmax, sums) = (&mut absmax[..per_row * here], &mut sums[..tokens * here]);
+            self.scales(first * per_row, absmax);
+            let strip = Strip {
+                codes: &self.weight.codes[first * layout.bytes_per_row()..(first + here) * layout.bytes_per_row()],
+                absmax,
+                cols: layout.cols(),
+                block_size: layout.block_size(),
+                table: &self.table,
+                tokens: staged,
+            };
+            simd::strip_products(self.level, &strip, sums);
+            for (token, out) in piece.out.iter_mut().enumerate() {
+                for (row, value) in out[start..start + here].iter_mut().enumerate() {
+                    let sum = sums[row * tokens + token];
+                    let sum = bias.map_or(sum, |bias| sum + bias[first + row].widen());
+                    undefined |= sum.is_nan();
+                    *value = T::narrow(sum);
+                }
+            }
+        }
+        undefined
+    }
+
+    /// Scales from block `first` on; those that are not finite are NaN.
+    fn scales(&self, first: usize, out: &mut [f32]) {
+        match self.weight.scales {
+            Scales::Plain(absmax) => out.copy_from_slice(&absmax[first..first + out.len()]),
+            Scales::Nested { codes, scale, offset } => decode_scales(codes, scale, offset[0], first, out),
+        }
+        for value in out {
+            *value = if value.is_finite() { *value } else { CANONICAL_NAN };
+        }
+    }
+}
+
+/// Tokens in float32, each unit's even elements before its odd ones (as nibbles of bytes come), zeros after the last.
+fn stage<T: Element>(x: &[T], cols: usize) -> Vec<f32> {
+    if cols == 0 {
+        return Vec::new();
+    }
+    let padded = cols.next_multiple_of(UNIT);
+    let mut staged = vec![0.0; x.len() / cols * padded];
+    for (token, staged) in x.chunks_exact(cols).zip(staged.chunks_exact_mut(padded)) {
+        for (from, unit) in token.chunks(UNIT).zip(staged.chunks_exact_mut(UNIT)) {
+            let (even, odd) = unit.split_at_mut(LANES);
+            for ((pair, even), odd) in from.chunks(2).zip(even).zip(odd) {
+                *even = pair[0].widen();
+                if let Some(value) = pair.get(1) {
+                    *odd = value.widen();
+                }
+            }
+        }
+    }
+    staged
+}
+
+/// Some whole rows and all tokens.
+pub(crate) struct Strip<'a> {
+    pub(crate) codes: &'a [u8],
+    /// Of each row in turn; finite or NaN.
+    pub(crate) absmax: &'a [f32],
+    pub(crate) cols: usize,
+    pub(crate) block_size: usize,
+    pub(crate) table: &'a [f32; 16],
+    /// As [`stage`] makes them.
+    pub(crate) tokens: &'a [f32],
+}
+
+impl Strip<'_> {
+    pub(crate) fn bytes_per_row(&self) -> usize {
+        self.cols.div_ceil(2)
+    }
+
+    pub(crate) fn blocks_per_row(&self) -> usize {
+        self.cols.div_ceil(self.block_size)
+    }
+
+    /// Floats of a staged token.
+    pub(crate) fn token_len(&self) -> usize {
+        self.cols.next_multiple_of(UNIT)
+    }
+
+    /// Bytes of a row's last, incomplete unit; code 0, which every table has, after its end.
+    pub(crate) fn tail(&self, row: usize) -> [u8; LANES] {
+        let mut bytes = [0; LANES];
+        let end = (row + 1) * self.bytes_per_row();
+        let len = (self.cols % UNIT).div_ceil(2);
+        bytes[..len].copy_from_slice(&self.codes[end - len..end]);
+        bytes
+    }
+}
+
+/// The truth: `sums` (rows, tokens).
+pub(crate) fn strip_products(strip: &Strip<'_>, sums: &mut [f32]) {
+    let (padded, per_row) = (strip.token_len(), strip.blocks_per_row());
+    if padded == 0 {
+        sums.fill(0.0);
+        return;
+    }
+    let tokens = strip.tokens.len() / padded;
+    for (row, sums) in sums.chunks_exact_mut(tokens).enumerate() {
+        let codes = &strip.codes[row * strip.bytes_per_row()..(row + 1) * strip.bytes_per_row()];
+        for (token, sum) in strip.tokens.chunks_exact(padded).zip(sums) {
+            let mut lanes = [0.0f32; LANES];
+            for (index, unit) in token.chunks_exact(UNIT).enumerate() {
+                let absmax = strip.absmax[row * per_row + index * UNIT / strip.block_size];
+                let bytes = codes.get(index * LANES..(index + 1) * LANES);
+                let bytes = bytes.map_or_else(|| strip.tail(row), |full| full.try_into().expect("a unit's bytes"));
+                for (lane, sum) in lanes.iter_mut().enumerate() {
+                    let (even, odd) = (usize::from(bytes[lane] >> 4), usize::from(bytes[lane] & 15));
+                    *sum = (strip.table[even] * absmax).mul_add(unit[lane], *sum);
+                    *sum = (strip.table[odd] * absmax).mul_add(unit[LANES + lane], *sum);
+                }
+            }
+            let mut width = LANES / 2;
+            while width > 0 {
+                for lane in 0..width {
+                    lanes[lane] += lanes[lane + width];
+                }
+                width /= 2;
+            }
+            *sum = lanes[0];
+        }
+    }
+}

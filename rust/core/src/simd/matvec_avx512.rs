@@ -1,0 +1,152 @@
+//! Products of packed rows with tokens, AVX-512: 16 weights of a row at a time from a permutation of its block's values.
+
+#[allow(clippy::wildcard_imports)] // the instruction set's own names
+use std::arch::x86_64::*;
+
+use crate::matvec::{LANES, Strip, UNIT};
+
+/// See [`crate::matvec::strip_products`].
+///
+/// # Safety
+/// The processor has AVX-512 F, BW, DQ and VL; the strip's parts fit each other and `sums`, with at least one column.
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")]
+pub(super) unsafe fn strip_products(strip: &Strip<'_>, sums: &mut [f32]) {
+    let tokens = strip.tokens.len() / strip.token_len();
+    let rows = sums.len() / tokens;
+    let mut row = 0;
+    // SAFETY: the caller's promise, for rows and tokens that are there.
+    unsafe {
+        if tokens == 1 {
+            while row + 8 <= rows {
+                tile::<8, 1>(strip, row, 0, 1, sums);
+                row += 8;
+            }
+        }
+        while row + 4 <= rows {
+            tiles::<4>(strip, row, tokens, sums);
+            row += 4;
+        }
+        while row < rows {
+            tiles::<1>(strip, row, tokens, sums);
+            row += 1;
+        }
+    }
+}
+
+/// All tokens of `R` rows.
+///
+/// # Safety
+/// As [`strip_products`].
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")]
+unsafe fn tiles<const R: usize>(strip: &Strip<'_>, row: usize, tokens: usize, sums: &mut [f32]) {
+    let mut token = 0;
+    while token < tokens {
+        // SAFETY: the caller's promise.
+        unsafe {
+            match tokens - token {
+                1 => tile::<R, 1>(strip, row, token, tokens, sums),
+                2 => tile::<R, 2>(strip, row, token, tokens, sums),
+                3 => tile::<R, 3>(strip, row, token, tokens, sums),
+                _ => tile::<R, 4>(strip, row, token, tokens, sums),
+            }
+        }
+        token += 4;
+    }
+}
+
+/// `R` rows with `T` tokens, their sums in registers.
+///
+/// # Safety
+/// As [`strip_products`]; the rows and tokens are there.
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")]
+unsafe fn tile<const R: usize, const T: usize>(
+    strip: &Strip<'_>,
+    row: usize,
+    token: usize,
+    tokens: usize,
+    sums: &mut [f32],
+) {
+    let (bytes_per_row, blocks) = (strip.bytes_per_row(), strip.blocks_per_row());
+    let (full, per_block) = (strip.cols / UNIT, strip.block_size / UNIT);
+    // SAFETY: the table has 16 entries; rows and tokens lie in the strip.
+    let (table, codes, absmax, x) = unsafe {
+        (
+            _mm512_loadu_ps(strip.table.as_ptr()),
+            strip.codes.as_ptr().add(row * bytes_per_row),
+            strip.absmax.as_ptr().add(row * blocks),
+            strip.tokens.as_ptr().add(token * strip.token_len()),
+        )
+    };
+    // The rows that come next are where these end; the first tokens see them.
+    let ahead = if token == 0 { R * bytes_per_row } else { 0 };
+    let mut accumulators = [[_mm512_setzero_ps(); R]; T];
+    for block in 0..blocks {
+        let mut values = [table; R];
+        for (r, values) in values.iter_mut().enumerate() {
+            // SAFETY: a row has as many scales as blocks.
+            *values = _mm512_mul_ps(table, _mm512_set1_ps(unsafe { *absmax.add(r * blocks + block) }));
+        }
+        for unit in block * per_block..full.min((block + 1) * per_block) {
+            let mut bytes = [_mm_setzero_si128(); R];
+            for (r, bytes) in bytes.iter_mut().enumerate() {
+                // SAFETY: a full unit's 16 bytes lie in the row. Prefetching may name any address.
+                unsafe {
+                    let from = codes.add(r * bytes_per_row + unit * LANES);
+                    *bytes = _mm_loadu_si128(from.cast());
+                    if ahead > 0 && unit.is_multiple_of(4) {
+                        _mm_prefetch::<_MM_HINT_T0>(from.wrapping_add(ahead).cast());
+                    }
+                }
+            }
+            // SAFETY: a staged token has 32 floats for each unit.
+            unsafe { step(&bytes, &values, x.add(unit * UNIT), strip.token_len(), &mut accumulators) };
+        }
+        if block + 1 == blocks && full * UNIT < strip.cols {
+            let mut bytes = [_mm_setzero_si128(); R];
+            for (r, bytes) in bytes.iter_mut().enumerate() {
+                // SAFETY: the tail has 16 bytes.
+                *bytes = unsafe { _mm_loadu_si128(strip.tail(row + r).as_ptr().cast()) };
+            }
+            // SAFETY: as above; tokens are padded to whole units.
+            unsafe { step(&bytes, &values, x.add(full * UNIT), strip.token_len(), &mut accumulators) };
+        }
+    }
+    for (t, accumulators) in accumulators.iter().enumerate() {
+        for (r, lanes) in accumulators.iter().enumerate() {
+            let eight = _mm256_add_ps(_mm512_castps512_ps256(*lanes), _mm512_extractf32x8_ps::<1>(*lanes));
+            sums[(row + r) * tokens + token + t] = super::matvec_avx2::sum(eight);
+        }
+    }
+}
+
+/// One unit: 32 weights of each row, by the values that its block's codes stand for, with those of each token.
+///
+/// # Safety
+/// 32 floats are readable at `x` and at every `stride` floats after it; the processor has AVX-512.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")]
+unsafe fn step<const R: usize, const T: usize>(
+    bytes: &[__m128i; R],
+    values: &[__m512; R],
+    x: *const f32,
+    stride: usize,
+    accumulators: &mut [[__m512; R]; T],
+) {
+    let (mut even, mut odd) = ([_mm512_setzero_ps(); R], [_mm512_setzero_ps(); R]);
+    for r in 0..R {
+        // The permutation looks at the lowest four bits only.
+        let index = _mm512_cvtepu8_epi32(bytes[r]);
+        even[r] = _mm512_permutexvar_ps(_mm512_srli_epi32::<4>(index), values[r]);
+        odd[r] = _mm512_permutexvar_ps(index, values[r]);
+    }
+    for (t, accumulators) in accumulators.iter_mut().enumerate() {
+        // SAFETY: the caller's promise.
+        let (x_even, x_odd) =
+            unsafe { (_mm512_loadu_ps(x.add(t * stride)), _mm512_loadu_ps(x.add(t * stride + LANES))) };
+        for r in 0..R {
+            let sum = _mm512_fmadd_ps(even[r], x_even, accumulators[r]);
+            accumulators[r] = _mm512_fmadd_ps(odd[r], x_odd, sum);
+        }
+    }
+}

@@ -17,6 +17,7 @@ from qlora_rs.checkpoint import CheckpointInfo, TensorRow, inspect
 from qlora_rs.checkpoint.choice import FLOAT_DTYPES
 from qlora_rs.checkpoint.companions import companion_files
 from qlora_rs.checkpoint.folder import copy_file, partial_folder, require_space, resolve_destination, write_json
+from qlora_rs.checkpoint.progress import ByteCounter, Progress
 from qlora_rs.checkpoint.provenance import open_recorded_source, recorded_source_bytes
 from qlora_rs.checkpoint.shards import PlannedTensor, plan_shards, write_shards
 from qlora_rs.checkpoint.source import CONFIG, Source, open_source, require_folder
@@ -25,7 +26,6 @@ from qlora_rs.errors import FormatError, UnsupportedError
 from qlora_rs.quantization import dequantize
 from qlora_rs.report import SkippedEntry, fold, format_bytes
 
-Progress = Callable[[int, int], object]
 Pair = tuple[Tensor, Tensor]
 
 STORED_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
@@ -132,7 +132,7 @@ def merge(
     require_space(target, bytes_after + sum((model_path / name).stat().st_size for name in carried))
 
     hashed_bytes = 0 if base_path is None else recorded_source_bytes(info, base_path)
-    counter = _Counter(progress, info.total_bytes + hashed_bytes)
+    counter = ByteCounter(progress, info.total_bytes + hashed_bytes)
     read_base = None if base_path is None else open_recorded_source(info, base_path, counter.add)
     merger = _Merger(info, TensorReader(source), read_base, config, adapted, dtype, counter)
     with partial_folder(target, overwrite, notes) as folder:
@@ -165,7 +165,7 @@ class _Merger:
         config: Mapping[str, Any],
         adapted: Mapping[str, tuple[str, Pair]],
         dtype: torch.dtype,
-        counter: _Counter,
+        counter: ByteCounter,
     ) -> None:
         self.info, self.reader, self.base = info, reader, base
         self.config, self.adapted, self.dtype, self.counter = config, adapted, dtype, counter
@@ -210,19 +210,6 @@ class _Merger:
             return dequantize(packed, torch.float32)
         except ValueError as error:
             raise FormatError(str(error)) from None
-
-
-class _Counter:
-    """Adds up bytes for ``progress``."""
-
-    def __init__(self, progress: Progress | None, total: int) -> None:
-        self.progress, self.total, self.done = progress, total, 0
-
-    def add(self, count: int) -> None:
-        """``count`` more bytes are done."""
-        self.done += count
-        if self.progress is not None:
-            self.progress(self.done, self.total)
 
 
 def _check_model(info: CheckpointInfo, base: Path | None) -> list[str]:

@@ -1,0 +1,161 @@
+"""Stored tensors read in slices: memory grows with neither files nor tensors, as it does where files are mapped."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator
+from contextlib import ExitStack
+from io import FileIO
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qlora_rs.checkpoint.inspection import TensorRow
+from qlora_rs.checkpoint.source import Source
+from qlora_rs.errors import FormatError
+from qlora_rs.packed import NESTED_BLOCK_SIZE, PackedTensor
+from qlora_rs.quantization import dequantize
+from qlora_rs.spec import QuantSpec
+
+SLICE_BYTES = 16 << 20
+# Elements whose values are held at a time; a few copies of them are made, in float64.
+SLICE_ELEMENTS = 2 << 20
+
+VALUE_DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+
+
+class SliceReader:
+    """Reads ranges of bytes of an opened folder's tensors. A context manager: it keeps files open.
+
+    Raises:
+        FormatError: a file changed since its header was read.
+    """
+
+    def __init__(self, source: Source) -> None:
+        self.source = source
+        self._open = ExitStack()
+        self._files: dict[str, tuple[FileIO, int]] = {}
+        self._starts: dict[str, int] = {}
+        self._ends: dict[str, int] = {}
+        # NOTE: a header that `read_header` accepts lists tensors that cover the data without gaps, in their order.
+        for name, tensor in source.tensors.items():
+            self._starts[name] = self._ends.get(tensor.file, 0)
+            self._ends[tensor.file] = self._starts[name] + tensor.nbytes
+
+    def __enter__(self) -> SliceReader:
+        """Itself."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Close the files."""
+        self._open.close()
+
+    def read(self, name: str, start: int, count: int) -> Tensor:
+        """Bytes ``start`` to ``start + count`` of a tensor, as uint8."""
+        tensor = self.source.tensors[name]
+        content = torch.empty(count, dtype=torch.uint8)
+        file, data_start = self._file(tensor.file)
+        file.seek(data_start + self._starts[name] + start)
+        view: Any = content.numpy()
+        done = 0
+        while done < count:
+            got = file.readinto(view[done:])
+            if not got:
+                raise self._changed(tensor.file)
+            done += got
+        return content
+
+    def _file(self, name: str) -> tuple[FileIO, int]:
+        """The opened file, and where its data begins: behind the header and its length."""
+        if name not in self._files:
+            file = self._open.enter_context(FileIO(self.source.path / name))
+            data_start = 8 + int.from_bytes(file.read(8), "little")
+            if os.fstat(file.fileno()).st_size != data_start + self._ends[name]:
+                raise self._changed(name)
+            self._files[name] = file, data_start
+        return self._files[name]
+
+    def _changed(self, file: str) -> FormatError:
+        return FormatError(f"{self.source.path / file}: the file changed since its header was read")
+
+
+def byte_ranges(total: int) -> Iterator[tuple[int, int]]:
+    """(start, count) of slices that cover ``total`` bytes."""
+    for start in range(0, total, SLICE_BYTES):
+        yield start, min(SLICE_BYTES, total - start)
+
+
+def element_ranges(shape: tuple[int, ...], whole_rows: bool) -> Iterator[tuple[int, int]]:
+    """(first, count) of slices that cover the elements of ``shape``.
+
+    With ``whole_rows`` a slice lies within one expert and starts at a multiple of 256 rows, where a group of doubly
+    quantized scales starts too, whatever the block size.
+    """
+    if not whole_rows:
+        total = math.prod(shape)
+        yield from ((first, min(SLICE_ELEMENTS, total - first)) for first in range(0, total, SLICE_ELEMENTS))
+        return
+    experts, rows, columns = matrices(shape)
+    step = max(1, SLICE_ELEMENTS // max(1, columns) // NESTED_BLOCK_SIZE) * NESTED_BLOCK_SIZE
+    for expert in range(experts if columns else 0):
+        for row in range(0, rows, step):
+            yield (expert * rows + row) * columns, min(step, rows - row) * columns
+
+
+def matrices(shape: tuple[int, ...]) -> tuple[int, int, int]:
+    """(experts, rows, columns) of a logical shape (..., out, in)."""
+    return math.prod(shape[:-2]), shape[-2] if len(shape) > 1 else 1, shape[-1]
+
+
+def kept_values(reader: SliceReader, row: TensorRow, first: int, count: int) -> Tensor:
+    """``count`` elements of a float tensor from ``first`` on, flat."""
+    dtype = VALUE_DTYPES[row.dtype]
+    return reader.read(row.name, first * dtype.itemsize, count * dtype.itemsize).view(dtype)
+
+
+def packed_values(reader: SliceReader, row: TensorRow, spec: QuantSpec, first: int, count: int) -> Tensor:
+    """``count`` dequantized float32 elements of a packed weight; ``first`` is of `element_ranges` in whole rows.
+
+    Raises:
+        FormatError: a code lies outside the codebook, or a file changed since its header was read.
+    """
+    _, rows, columns = matrices(row.shape)
+    expert, start = divmod(first // columns, rows)
+    taken, blocks = count // columns, -(-columns // spec.block_size)
+    above = expert * rows + start
+
+    def part(suffix: str, offset: int, size: int, width: int) -> Tensor:
+        return reader.read(row.name + suffix, offset * width, size * width)
+
+    packed_columns = columns if spec.bits == 8 else -(-columns // 2)
+    codes = part("", above * packed_columns, taken * packed_columns, 1).view(taken, packed_columns)
+    scale = offset = None
+    if spec.double_quant:
+        absmax = part("_absmax", above * blocks, taken * blocks, 1)
+        groups = -(-rows * blocks // NESTED_BLOCK_SIZE)
+        first_group = expert * groups + start * blocks // NESTED_BLOCK_SIZE
+        scale = part("_absmax_scale", first_group, -(-taken * blocks // NESTED_BLOCK_SIZE), 4).view(torch.float32)
+        offset = part("_absmax_offset", expert, 1, 4).view(torch.float32)
+    else:
+        absmax = part("_absmax", above * blocks, taken * blocks, 4).view(torch.float32)
+    packed = PackedTensor(codes, absmax.view(taken, blocks), scale, offset, spec, (taken, columns), torch.float32)
+    try:
+        return dequantize(packed).flatten()
+    except ValueError as error:
+        raise FormatError(f"{reader.source.path / row.file}: {row.name}: {error}") from None
+
+
+def count_differing(a: Tensor, b: Tensor, bits: int) -> int:
+    """How many elements of 4, 8 or 32 bits differ between equally many bytes."""
+    if torch.equal(a, b):
+        return 0
+    if bits == 4:
+        mixed = a ^ b
+        return int(torch.count_nonzero(mixed & 0xF0)) + int(torch.count_nonzero(mixed & 0x0F))
+    dtype = {8: torch.uint8, 32: torch.int32}[bits]
+    return int(torch.count_nonzero(a.view(dtype) != b.view(dtype)))

@@ -139,6 +139,20 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
+def flip_bit() -> Callable[..., None]:
+    """Flip bits of a tensor's byte in a safetensors file: ``flip_bit(path, name, offset=0, bit=1)``."""
+
+    def flip(path: Path, name: str, offset: int = 0, bit: int = 1) -> None:
+        content = bytearray(path.read_bytes())
+        data = 8 + int.from_bytes(content[:8], "little")
+        start = json.loads(content[8:data])[name]["data_offsets"][0]
+        content[data + start + offset] ^= bit
+        path.write_bytes(content)
+
+    return flip
+
+
+@pytest.fixture
 def write_chats(tmp_path: Path) -> Callable[..., Path]:
     """Write ``count`` short chats as JSONL of messages; returns the file."""
 

@@ -1,20 +1,30 @@
 """Model folders, files to files: no model is built and no tensor is held whole.
 
-`quantize` writes a packed checkpoint, `inspect` says what a checkpoint holds, `open_weights` reads single tensors.
+`quantize` writes a packed checkpoint, `inspect` says what a checkpoint holds, `verify` whether it is what its source
+gives, `diff` in what two differ; `open_weights` reads single tensors.
 """
 
 from __future__ import annotations
 
+from qlora_rs.checkpoint.comparison import diff
+from qlora_rs.checkpoint.differences import DiffReport, TensorDiff
 from qlora_rs.checkpoint.inspection import CheckpointInfo, TensorRow, inspect
 from qlora_rs.checkpoint.packing import quantize
 from qlora_rs.checkpoint.source import read_quantization_config
+from qlora_rs.checkpoint.verdicts import VerifyReport
+from qlora_rs.checkpoint.verification import verify
 from qlora_rs.checkpoint.weights import open_weights
 
 __all__ = [
     "CheckpointInfo",
+    "DiffReport",
+    "TensorDiff",
     "TensorRow",
+    "VerifyReport",
+    "diff",
     "inspect",
     "open_weights",
     "quantize",
     "read_quantization_config",
+    "verify",
 ]

@@ -42,7 +42,7 @@ def open_recorded_source(
             f"{', '.join(sorted(recorded))}: this is another model, or another version of it"
         )
     for file, expected in recorded.items():
-        found = _sha256(source / file, hashed)
+        found = file_sha256(source / file, hashed)
         if found != expected:
             raise FormatError(
                 f"{source / file}: SHA-256 is {found}, but {packed.path} was made from {expected}: this is another "
@@ -57,7 +57,8 @@ def recorded_source_bytes(packed: CheckpointInfo, source: Path) -> int:
     return sum(file.stat().st_size for file in files if file.is_file())
 
 
-def _sha256(path: Path, hashed: Callable[[int], object]) -> str:
+def file_sha256(path: Path, hashed: Callable[[int], object]) -> str:
+    """SHA-256 of a file in hex; ``hashed`` is called with the bytes of each piece that was read."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while chunk := file.read(1 << 20):

@@ -8,7 +8,14 @@ from __future__ import annotations
 import sys
 from typing import NoReturn
 
-BAD_INPUT, SYSTEM, OUR_FAULT, INTERRUPTED = 2, 3, 70, 130
+DIFFERENT, BAD_INPUT, SYSTEM, OUR_FAULT, INTERRUPTED = 1, 2, 3, 70, 130
+
+
+class DifferenceFound(SystemExit):
+    """The end of a check that found a difference: a type of its own, since typer too ends with 1."""
+
+    def __init__(self) -> None:
+        super().__init__(DIFFERENT)
 
 
 def main() -> NoReturn:
@@ -20,6 +27,8 @@ def main() -> NoReturn:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         raise SystemExit(INTERRUPTED) from None
+    except DifferenceFound:
+        raise
     except SystemExit as end:
         # Typer's 1: whoever read a help text is gone. Commands answer that themselves, with this code too.
         raise SystemExit(SYSTEM if end.code == 1 else end.code) from None

@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from qlora_rs.cli.diff import diff
 from qlora_rs.cli.doctor import doctor
 from qlora_rs.cli.eval import evaluate
 from qlora_rs.cli.generate import generate
@@ -14,8 +15,12 @@ from qlora_rs.cli.inspect import inspect
 from qlora_rs.cli.merge import merge
 from qlora_rs.cli.quantize import quantize
 from qlora_rs.cli.train import train
+from qlora_rs.cli.verify import verify
 
-EPILOG = "Exit codes: 0 done, 2 wrong use or bad input, 3 the system failed, 70 a fault of ours, 130 interrupted."
+EPILOG = (
+    "Exit codes: 0 done, 1 verify or diff found a difference, 2 wrong use or bad input, 3 the system failed, "
+    "70 a fault of ours, 130 interrupted."
+)
 
 app = typer.Typer(
     name="qlora-rs",
@@ -30,6 +35,8 @@ app = typer.Typer(
 for _name, _function in (
     ("quantize", quantize),
     ("inspect", inspect),
+    ("verify", verify),
+    ("diff", diff),
     ("train", train),
     ("eval", evaluate),
     ("generate", generate),

@@ -1,0 +1,203 @@
+"""`diff`: in what two checkpoints differ, by their bytes and by the values that these stand for."""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from qlora_rs.checkpoint.differences import DiffReport, TensorDiff
+from qlora_rs.checkpoint.inspection import CheckpointInfo, TensorRow, inspect
+from qlora_rs.checkpoint.progress import ByteCounter, Progress
+from qlora_rs.checkpoint.slices import (
+    VALUE_DTYPES,
+    SliceReader,
+    byte_ranges,
+    count_differing,
+    element_ranges,
+    kept_values,
+    packed_values,
+)
+from qlora_rs.checkpoint.source import open_source, require_folder
+from qlora_rs.checkpoint.verdicts import PartDifference
+from qlora_rs.errors import UnsupportedError
+from qlora_rs.spec import QuantSpec
+
+NATIVE = ("qlora_rs", "float")
+# Elements whose differences are taken at a time: they pass through the processor's cache several times.
+CACHED_ELEMENTS = 1 << 17
+
+
+def diff(a: str | os.PathLike[str], b: str | os.PathLike[str], *, progress: Progress | None = None) -> DiffReport:
+    """Compare the tensors of two model folders, each packed or not, by name. Other files are not looked at.
+
+    Tensors that are stored alike are compared byte for byte: codes and scales of packed weights, bytes of the others.
+    Where they differ, and where they are stored in different ways, so are the values that they stand for: packed ones
+    dequantized to float32, all compared in float64. Tensors pass through in slices.
+
+    Args:
+        a: a model folder; relative errors are relative to its values.
+        b: another one.
+        progress: called with (bytes done, bytes in all) of both folders' tensors.
+
+    Raises:
+        FileNotFoundError, NotADirectoryError: there is no such folder.
+        FormatError: a file is damaged.
+        UnsupportedError: one folder is quantized by another library and the other one is not by the same.
+        OSError: the system failed, with the file's name.
+
+    >>> report = diff("SmolLM2-135M", "SmolLM2-135M-nf4")  # doctest: +SKIP
+    >>> report.same, report.relative_error  # doctest: +SKIP
+    (False, 0.0921)
+    """
+    paths = Path(a), Path(b)
+    for path in paths:
+        require_folder(path)
+    infos = inspect(paths[0]), inspect(paths[1])
+    foreign = [info for info in infos if info.format not in NATIVE]
+    if foreign and infos[0].format != infos[1].format:
+        raise UnsupportedError(
+            f"{foreign[0].path}: is quantized by {foreign[0].format!r}; it can be compared with its like only"
+        )
+    counter = ByteCounter(progress, sum(info.total_bytes for info in infos))
+    with SliceReader(open_source(paths[0])) as reader_a, SliceReader(open_source(paths[1])) as reader_b:
+        sides = _Side.of(infos[0], reader_a), _Side.of(infos[1], reader_b)
+        names = [*sides[0].rows, *(name for name in sides[1].rows if name not in sides[0].rows)]
+        tensors = tuple(_compare(name, *sides, counter) for name in names)
+    formats, specs = [info.format for info in infos], [side.spec for side in sides]
+    return DiffReport(str(paths[0]), str(paths[1]), formats[0], formats[1], specs[0], specs[1], tensors)
+
+
+@dataclass(frozen=True)
+class _Side:
+    """One of the two folders."""
+
+    rows: dict[str, TensorRow]
+    spec: QuantSpec | None
+    reader: SliceReader
+
+    @classmethod
+    def of(cls, info: CheckpointInfo, reader: SliceReader) -> _Side:
+        if info.format in NATIVE:
+            return cls({row.name: row for row in info.tensors}, info.spec, reader)
+        stored = reader.source.tensors.values()
+        return cls(
+            {t.name: TensorRow(t.name, "kept", t.dtype, t.shape, t.nbytes, t.file) for t in stored}, None, reader
+        )
+
+    def values(self, row: TensorRow, first: int, count: int) -> Tensor:
+        if row.kind == "packed":
+            assert self.spec is not None
+            return packed_values(self.reader, row, self.spec, first, count)
+        return kept_values(self.reader, row, first, count)
+
+
+def _compare(name: str, a: _Side, b: _Side, counter: ByteCounter) -> TensorDiff:
+    row_a, row_b = a.rows.get(name), b.rows.get(name)
+    if row_a is None or row_b is None:
+        counter.add(sum(row.bytes for row in (row_a, row_b) if row is not None))
+        return TensorDiff(name, "only_in_a" if row_b is None else "only_in_b", row_a, row_b)
+    reasons = _reasons(row_a, row_b, a.spec, b.spec)
+    parts: list[PartDifference] = []
+    if row_a.shape == row_b.shape:
+        parts = [
+            _part(f"{name}{suffix}", part, bits, a.reader, b.reader, counter)
+            for part, suffix, bits in _comparable(row_a, row_b, a.spec, b.spec)
+        ]
+    if not parts:
+        counter.add(row_a.bytes + row_b.bytes)
+    if not reasons and not any(part.differing for part in parts):
+        return TensorDiff(name, "same", row_a, row_b, tuple(parts))
+    distance = None
+    if row_a.shape == row_b.shape and all(row.kind == "packed" or row.dtype in VALUE_DTYPES for row in (row_a, row_b)):
+        distance = _Distance()
+        whole_rows = "packed" in (row_a.kind, row_b.kind)
+        for first, count in element_ranges(row_a.shape, whole_rows):
+            distance.add(a.values(row_a, first, count), b.values(row_b, first, count))
+    if distance is None:
+        return TensorDiff(name, "different", row_a, row_b, tuple(parts), tuple(reasons))
+    return TensorDiff(
+        name,
+        "different",
+        row_a,
+        row_b,
+        tuple(parts),
+        tuple(reasons),
+        differing_values=distance.differing,
+        max_abs_difference=distance.largest,
+        norm_a=distance.squares_a**0.5,
+        norm_difference=distance.squares_difference**0.5,
+        nonfinite=distance.nonfinite,
+    )
+
+
+def _reasons(a: TensorRow, b: TensorRow, spec_a: QuantSpec | None, spec_b: QuantSpec | None) -> list[str]:
+    """How two tensors of one name differ before their data is looked at."""
+    reasons = []
+    if a.shape != b.shape:
+        reasons.append(f"shape {list(a.shape)} / {list(b.shape)}")
+    if a.kind == b.kind == "packed" and spec_a is not None and spec_b is not None:
+        for field in fields(QuantSpec):
+            of_a, of_b = getattr(spec_a, field.name), getattr(spec_b, field.name)
+            if of_a != of_b:
+                reasons.append("other codebooks" if field.name == "codebook" else f"{field.name} {of_a} / {of_b}")
+    elif a.dtype != b.dtype:
+        reasons.append(f"{a.dtype} / {b.dtype}")
+    return reasons
+
+
+def _comparable(
+    a: TensorRow, b: TensorRow, spec_a: QuantSpec | None, spec_b: QuantSpec | None
+) -> list[tuple[str, str, int]]:
+    """(part, suffix of its name, bits of an element) of what is stored alike in both."""
+    if a.kind == b.kind == "kept":
+        return [("bytes", "", 8)] if a.dtype == b.dtype else []
+    if a.kind != b.kind or spec_a is None or spec_b is None or spec_a.values != spec_b.values:
+        return []
+    parts = [("codes", "", spec_a.bits)]
+    if spec_a == spec_b:
+        parts.append(("absmax", "_absmax", 8 if spec_a.double_quant else 32))
+        if spec_a.double_quant:
+            parts.extend([("absmax_scale", "_absmax_scale", 32), ("absmax_offset", "_absmax_offset", 32)])
+    return parts
+
+
+def _part(name: str, part: str, bits: int, a: SliceReader, b: SliceReader, counter: ByteCounter) -> PartDifference:
+    total, differing = a.source.tensors[name].nbytes, 0
+    for start, count in byte_ranges(total):
+        differing += count_differing(a.read(name, start, count), b.read(name, start, count), bits)
+        counter.add(2 * count)
+    return PartDifference(part, differing, 8 * total // bits)
+
+
+class _Distance:
+    """How far apart the values of two tensors are, added up slice by slice."""
+
+    def __init__(self) -> None:
+        self.differing, self.nonfinite = 0, 0
+        self.largest, self.squares_a, self.squares_difference = 0.0, 0.0, 0.0
+
+    def add(self, a: Tensor, b: Tensor) -> None:
+        """A slice of each, flat. Differences with NaN or infinite values are counted and left out of the rest."""
+        for pair in zip(a.split(CACHED_ELEMENTS), b.split(CACHED_ELEMENTS), strict=True):
+            self._add(*(values.double() for values in pair))
+
+    def _add(self, a: Tensor, b: Tensor) -> None:
+        difference = b - a
+        squares_a, squares = float(torch.dot(a, a)), float(torch.dot(difference, difference))
+        if not math.isfinite(squares_a + squares):
+            unlike = (a != b) & ~(torch.isnan(a) & torch.isnan(b))  # NaN is NaN, whatever its bits
+            finite = torch.isfinite(difference)
+            self.nonfinite += int(torch.count_nonzero(unlike & ~finite))
+            self.differing += int(torch.count_nonzero(unlike & ~finite))
+            difference = torch.where(finite, difference, 0)
+            a = torch.where(torch.isfinite(a), a, 0)
+            squares_a, squares = float(torch.dot(a, a)), float(torch.dot(difference, difference))
+        self.differing += int(torch.count_nonzero(difference))
+        self.largest = max(self.largest, *(abs(float(value)) for value in torch.aminmax(difference)))
+        self.squares_a += squares_a
+        self.squares_difference += squares

@@ -230,6 +230,18 @@ def test_experts_are_compared_one_by_one(write_tensors, tmp_path, flip_bit) -> N
     assert found(checkpoint.verify(tmp_path / "packed", source)) == {name: ("different", expected)}
 
 
+def test_experts_without_elements_take_no_time_however_many_are_claimed(make_model, tmp_path) -> None:
+    source = make_model()
+    checkpoint.quantize(source, tmp_path / "packed", QuantSpec(double_quant=False))
+    empty = {"shape": [1 << 40, 0, 2], "data_offsets": [0, 0]}
+    codes = {"dtype": "U8", **empty, "shape": [1 << 40, 0, 1]}
+    scales = {"dtype": "I32", **empty, "shape": [1 << 40, 0, 1]}
+    edit_header(source / "model.safetensors", lambda header: header | {"a": {"dtype": "BF16", **empty}})
+    edit_header(tmp_path / "packed" / "model.safetensors", lambda header: header | {"a": codes, "a_absmax": scales})
+    assert checkpoint.verify(tmp_path / "packed", source, check="tensors").same
+    assert checkpoint.diff(tmp_path / "packed", source).count("different") == 15
+
+
 def test_what_cannot_be_verified_is_refused(pair, tmp_path) -> None:
     packed, source = pair
     with pytest.raises(UnsupportedError, match="is not quantized; verify checks a folder that qlora-rs packed"):

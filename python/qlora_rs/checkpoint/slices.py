@@ -100,9 +100,11 @@ def element_ranges(shape: tuple[int, ...], whole_rows: bool) -> Iterator[tuple[i
         total = math.prod(shape)
         yield from ((first, min(SLICE_ELEMENTS, total - first)) for first in range(0, total, SLICE_ELEMENTS))
         return
+    if math.prod(shape) == 0:
+        return  # a header may claim any number of experts that hold nothing
     experts, rows, columns = matrices(shape)
-    step = max(1, SLICE_ELEMENTS // max(1, columns) // NESTED_BLOCK_SIZE) * NESTED_BLOCK_SIZE
-    for expert in range(experts if columns else 0):
+    step = max(1, SLICE_ELEMENTS // columns // NESTED_BLOCK_SIZE) * NESTED_BLOCK_SIZE
+    for expert in range(experts):
         for row in range(0, rows, step):
             yield (expert * rows + row) * columns, min(step, rows - row) * columns
 

@@ -138,7 +138,8 @@ class _Comparison:
         size = tensor.nbytes // max(1, experts)
         found: list[PartDifference] = []
         reason = ""
-        for expert in range(experts):
+        # A header may claim any number of experts that hold nothing.
+        for expert in range(experts if row.bytes else 0):
             weight = self.originals.read(row.name, expert * size, size).view(VALUE_DTYPES[tensor.dtype])
             # What a source with NaN gives is compared too: the report then tells more than an error would.
             made = quantize(weight.view(rows, columns), spec, nonfinite="propagate")

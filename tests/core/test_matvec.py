@@ -15,7 +15,8 @@ from qlora_rs import Linear4bit, PackedTensor, QuantSpec, _bridge, _core, ops, r
 
 USER = (-1.0, -0.35, 0.1, 0.3, 0.5, 1.0)
 TYPES = ["nf4", "fp4", "int4", "codebook"]
-# Relative error of the whole product. Where the processor multiplies bfloat16 itself, the weight is rounded to that.
+# Error of a whole product, relative to it or, where its terms cancel, to what |x| |w| / sqrt(columns) makes one expect.
+# Where the processor multiplies bfloat16 itself, table entries are rounded to that.
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 4e-3, torch.float16: 1e-3}
 SIZES = [1, 63, 64, 65, 257]
 
@@ -37,6 +38,13 @@ def relative(got: torch.Tensor, want: torch.Tensor) -> float:
     return float((got.double() - want).norm() / want.norm().clamp_min(1e-300))
 
 
+def error(got: torch.Tensor, packed: PackedTensor, x: torch.Tensor, bias: torch.Tensor | None = None) -> float:
+    want = expected(packed, x, bias)
+    weight = qlora_rs.dequantize(packed, torch.float32).double()
+    usual = x.double().norm() * weight.norm() / weight.shape[-1] ** 0.5
+    return float((got.double() - want).norm() / torch.maximum(want.norm(), usual))
+
+
 def bits(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.view({4: torch.int32, 2: torch.int16}[tensor.element_size()])
 
@@ -54,11 +62,12 @@ def test_products_are_those_of_the_dequantized_weight(
             packed = qlora_rs.quantize(torch.randn(rows, columns), spec)
             for tokens in (1, 2, 5):
                 x, bias = torch.randn(tokens, columns).to(dtype), torch.randn(rows).to(dtype)
+                tolerance = TOLERANCE[dtype] * (1 if rows > 1 else 2)  # a few numbers scatter more than many
                 for term in (None, bias):
                     got = product(packed, x, term)
                     assert got.dtype == dtype
                     assert got.shape == (tokens, rows)
-                    assert relative(got, expected(packed, x, term)) < TOLERANCE[dtype], (rows, columns, tokens)
+                    assert error(got, packed, x, term) < tolerance, (rows, columns, tokens)
 
 
 @pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
@@ -105,24 +114,24 @@ for columns in (1, 63, 101, 4099):
             for dtype in (torch.float32, torch.bfloat16, torch.float16):
                 x, bias = torch.randn(tokens, columns).to(dtype), torch.randn(37).to(dtype)
                 got = _bridge.linear_cpu(x, *parts, spec, bias)
-                want = x.double() @ qlora_rs.dequantize(packed, torch.float32).double().T + bias.double()
-                results.append((str(dtype), float((got.double() - want).norm() / want.norm()), got))
+                results.append((packed, x, bias, got))
 torch.save(results, __import__("sys").argv[1])
 """
 
 
-def test_every_instruction_set_is_within_tolerance_and_sums_float32_alike(tmp_path: Path) -> None:
+def test_every_instruction_set_is_within_tolerance_and_adds_in_one_order(tmp_path: Path) -> None:
     levels = ["scalar", "avx2", "avx512"]
     levels = levels[: levels.index(_core.simd_level()) + 1]
     runs = []
     for level in levels:
         command = [sys.executable, "-c", PRINT_PRODUCTS, str(tmp_path / level)]
         subprocess.run(command, check=True, env={**os.environ, "QLORA_RS_SIMD": level})
-        runs.append(torch.load(tmp_path / level))
-    for run in runs:
-        for (dtype, error, got), (_, _, scalar) in zip(run, runs[0], strict=True):
-            assert error < TOLERANCE[getattr(torch, dtype.removeprefix("torch."))]
-            assert dtype == "torch.bfloat16" or torch.equal(got, scalar)
+        runs.append(torch.load(tmp_path / level, weights_only=False))
+    for level, run in zip(levels, runs, strict=True):
+        for (packed, x, bias, got), (*_, scalar) in zip(run, runs[0], strict=True):
+            assert error(got, packed, x, bias) < TOLERANCE[x.dtype]
+            # Only a processor that multiplies bfloat16 itself adds in another order.
+            assert (x.dtype, level) == (torch.bfloat16, "avx512") or torch.equal(bits(got), bits(scalar))
 
 
 def test_a_block_of_zeros_adds_nothing_and_a_scale_that_is_no_number_spoils_its_row_alone() -> None:

@@ -10,7 +10,7 @@ use crate::matvec::{LANES, Strip, UNIT};
 /// # Safety
 /// The processor has AVX2 and FMA; the strip's parts fit each other and `sums`, with at least one column.
 #[target_feature(enable = "avx2,fma,f16c")]
-pub(super) unsafe fn strip_products(strip: &Strip<'_>, sums: &mut [f32]) {
+pub(super) unsafe fn strip_products(strip: &Strip<'_, f32>, sums: &mut [f32]) {
     let tokens = strip.tokens.len() / strip.token_len();
     let rows = sums.len() / tokens;
     let mut row = 0;
@@ -44,7 +44,7 @@ pub(super) unsafe fn strip_products(strip: &Strip<'_>, sums: &mut [f32]) {
 /// As [`strip_products`]; the rows and tokens are there.
 #[target_feature(enable = "avx2,fma,f16c")]
 unsafe fn tile<const R: usize, const T: usize>(
-    strip: &Strip<'_>,
+    strip: &Strip<'_, f32>,
     row: usize,
     token: usize,
     tokens: usize,
@@ -82,7 +82,7 @@ unsafe fn tile<const R: usize, const T: usize>(
             for r in 0..R {
                 // SAFETY: the tail has 16 bytes; tokens are padded to whole units.
                 unsafe {
-                    let bytes = _mm_loadu_si128(strip.tail(row + r).as_ptr().cast());
+                    let bytes = _mm_loadu_si128(strip.tail::<LANES>(row + r).as_ptr().cast());
                     step(bytes, values[r], x.add(full * UNIT), strip.token_len(), &mut accumulators[r]);
                 }
             }

@@ -10,7 +10,23 @@ use crate::matvec::{LANES, Strip, UNIT};
 /// # Safety
 /// The processor has AVX-512 F, BW, DQ and VL; the strip's parts fit each other and `sums`, with at least one column.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")]
-pub(super) unsafe fn strip_products(strip: &Strip<'_>, sums: &mut [f32]) {
+pub(super) unsafe fn strip_products(strip: &Strip<'_, f32>, sums: &mut [f32]) {
+    // SAFETY: the caller's promise. Of the usual block size the compiler knows how long its loop is.
+    unsafe {
+        match strip.block_size {
+            64 => strip_products_by::<2>(strip, sums),
+            _ => strip_products_by::<0>(strip, sums),
+        }
+    }
+}
+
+/// Blocks have `PER_BLOCK` units, or any number where it is 0.
+///
+/// # Safety
+/// As [`strip_products`].
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")]
+unsafe fn strip_products_by<const PER_BLOCK: usize>(strip: &Strip<'_, f32>, sums: &mut [f32]) {
     let tokens = strip.tokens.len() / strip.token_len();
     let rows = sums.len() / tokens;
     let mut row = 0;
@@ -18,16 +34,16 @@ pub(super) unsafe fn strip_products(strip: &Strip<'_>, sums: &mut [f32]) {
     unsafe {
         if tokens == 1 {
             while row + 8 <= rows {
-                tile::<8, 1>(strip, row, 0, 1, sums);
+                tile::<8, 1, PER_BLOCK>(strip, row, 0, 1, sums);
                 row += 8;
             }
         }
         while row + 4 <= rows {
-            tiles::<4>(strip, row, tokens, sums);
+            tiles::<4, PER_BLOCK>(strip, row, tokens, sums);
             row += 4;
         }
         while row < rows {
-            tiles::<1>(strip, row, tokens, sums);
+            tiles::<1, PER_BLOCK>(strip, row, tokens, sums);
             row += 1;
         }
     }
@@ -39,16 +55,21 @@ pub(super) unsafe fn strip_products(strip: &Strip<'_>, sums: &mut [f32]) {
 /// As [`strip_products`].
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")]
-unsafe fn tiles<const R: usize>(strip: &Strip<'_>, row: usize, tokens: usize, sums: &mut [f32]) {
+unsafe fn tiles<const R: usize, const PER_BLOCK: usize>(
+    strip: &Strip<'_, f32>,
+    row: usize,
+    tokens: usize,
+    sums: &mut [f32],
+) {
     let mut token = 0;
     while token < tokens {
         // SAFETY: the caller's promise.
         unsafe {
             match tokens - token {
-                1 => tile::<R, 1>(strip, row, token, tokens, sums),
-                2 => tile::<R, 2>(strip, row, token, tokens, sums),
-                3 => tile::<R, 3>(strip, row, token, tokens, sums),
-                _ => tile::<R, 4>(strip, row, token, tokens, sums),
+                1 => tile::<R, 1, PER_BLOCK>(strip, row, token, tokens, sums),
+                2 => tile::<R, 2, PER_BLOCK>(strip, row, token, tokens, sums),
+                3 => tile::<R, 3, PER_BLOCK>(strip, row, token, tokens, sums),
+                _ => tile::<R, 4, PER_BLOCK>(strip, row, token, tokens, sums),
             }
         }
         token += 4;
@@ -60,15 +81,16 @@ unsafe fn tiles<const R: usize>(strip: &Strip<'_>, row: usize, tokens: usize, su
 /// # Safety
 /// As [`strip_products`]; the rows and tokens are there.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")]
-unsafe fn tile<const R: usize, const T: usize>(
-    strip: &Strip<'_>,
+unsafe fn tile<const R: usize, const T: usize, const PER_BLOCK: usize>(
+    strip: &Strip<'_, f32>,
     row: usize,
     token: usize,
     tokens: usize,
     sums: &mut [f32],
 ) {
     let (bytes_per_row, blocks) = (strip.bytes_per_row(), strip.blocks_per_row());
-    let (full, per_block) = (strip.cols / UNIT, strip.block_size / UNIT);
+    let per_block = if PER_BLOCK > 0 { PER_BLOCK } else { strip.block_size / UNIT };
+    let (units, whole) = (strip.cols / UNIT, strip.cols / UNIT / per_block);
     // SAFETY: the table has 16 entries; rows and tokens lie in the strip.
     let (table, codes, absmax, x) = unsafe {
         (
@@ -87,7 +109,8 @@ unsafe fn tile<const R: usize, const T: usize>(
             // SAFETY: a row has as many scales as blocks.
             *values = _mm512_mul_ps(table, _mm512_set1_ps(unsafe { *absmax.add(r * blocks + block) }));
         }
-        for unit in block * per_block..full.min((block + 1) * per_block) {
+        let first = block * per_block;
+        for unit in first..first + if block < whole { per_block } else { units - first } {
             let mut bytes = [_mm_setzero_si128(); R];
             for (r, bytes) in bytes.iter_mut().enumerate() {
                 // SAFETY: a full unit's 16 bytes lie in the row. Prefetching may name any address.
@@ -102,14 +125,14 @@ unsafe fn tile<const R: usize, const T: usize>(
             // SAFETY: a staged token has 32 floats for each unit.
             unsafe { step(&bytes, &values, x.add(unit * UNIT), strip.token_len(), &mut accumulators) };
         }
-        if block + 1 == blocks && full * UNIT < strip.cols {
+        if block + 1 == blocks && units * UNIT < strip.cols {
             let mut bytes = [_mm_setzero_si128(); R];
             for (r, bytes) in bytes.iter_mut().enumerate() {
                 // SAFETY: the tail has 16 bytes.
-                *bytes = unsafe { _mm_loadu_si128(strip.tail(row + r).as_ptr().cast()) };
+                *bytes = unsafe { _mm_loadu_si128(strip.tail::<LANES>(row + r).as_ptr().cast()) };
             }
             // SAFETY: as above; tokens are padded to whole units.
-            unsafe { step(&bytes, &values, x.add(full * UNIT), strip.token_len(), &mut accumulators) };
+            unsafe { step(&bytes, &values, x.add(units * UNIT), strip.token_len(), &mut accumulators) };
         }
     }
     for (t, accumulators) in accumulators.iter().enumerate() {

@@ -3,8 +3,10 @@
 mod avx2;
 mod avx512;
 mod float_mode;
+mod matvec;
 mod matvec_avx2;
 mod matvec_avx512;
+mod matvec_bf16;
 mod pages;
 
 use std::sync::OnceLock;
@@ -15,10 +17,10 @@ use crate::codebook::{Codebook, NibbleSearch};
 use crate::dequantize::dequantize_nibbles;
 use crate::error::CoreError;
 use crate::float::Element;
-use crate::matvec::{self, Strip};
 use crate::quantize::quantize_block;
 
 pub use float_mode::with_ieee_floats;
+pub(crate) use matvec::{Staged, multiplies_bf16, prefetch};
 pub(crate) use pages::advise_large_pages;
 
 /// Instruction sets that kernels exist for, ascending.
@@ -169,28 +171,6 @@ kernels!(f32, bf16, f16);
 fn check(level: SimdLevel, block_size: usize, blocks: usize, elements: usize, bytes: usize) {
     assert!(level <= SimdLevel::detected(), "the processor has no {}", level.as_str());
     assert!(block_size.is_multiple_of(32) && elements == blocks * block_size && 2 * bytes == elements);
-}
-
-/// Products of some rows and all tokens into `sums` (rows, tokens).
-///
-/// NOTE: as [`Kernels`], safe to call with any argument.
-pub(crate) fn strip_products(level: SimdLevel, strip: &Strip<'_>, sums: &mut [f32]) {
-    assert!(level <= SimdLevel::detected(), "the processor has no {}", level.as_str());
-    if level == SimdLevel::Scalar || strip.cols == 0 || sums.is_empty() {
-        return matvec::strip_products(strip, sums);
-    }
-    let (rows, tokens) = (strip.codes.len() / strip.bytes_per_row(), strip.tokens.len() / strip.token_len());
-    assert!(strip.block_size > 0 && strip.block_size.is_multiple_of(32) && sums.len() == rows * tokens);
-    assert!(strip.codes.len() == rows * strip.bytes_per_row() && strip.absmax.len() == rows * strip.blocks_per_row());
-    assert!(strip.tokens.len() == tokens * strip.token_len());
-    // SAFETY: the processor has the features and the lengths fit, as just seen.
-    unsafe {
-        if level == SimdLevel::Avx512 {
-            matvec_avx512::strip_products(strip, sums);
-        } else {
-            matvec_avx2::strip_products(strip, sums);
-        }
-    }
 }
 
 fn encode_blocks<T: Element>(

@@ -1,0 +1,77 @@
+//! Which kernel multiplies packed rows with tokens.
+
+use std::arch::x86_64::{_MM_HINT_T1, _mm_prefetch};
+
+use half::bf16;
+
+use super::{SimdLevel, matvec_avx2, matvec_avx512, matvec_bf16};
+use crate::float::Element;
+use crate::matvec::{self, Strip, UNIT};
+
+/// Does this level use the processor's own bfloat16 products?
+pub(crate) fn multiplies_bf16(level: SimdLevel) -> bool {
+    level == SimdLevel::Avx512 && is_x86_feature_detected!("avx512bf16")
+}
+
+/// Have memory brought into the caches while something else is done.
+pub(crate) fn prefetch<T>(data: &[T]) {
+    for line in (0..size_of_val(data)).step_by(64) {
+        // SAFETY: every x86-64 processor has the instruction, which may name any address.
+        unsafe { _mm_prefetch::<_MM_HINT_T1>(data.as_ptr().cast::<i8>().wrapping_add(line)) };
+    }
+}
+
+/// A type that tokens are multiplied in.
+///
+/// NOTE: as [`super::Kernels`], safe to call with any argument.
+pub(crate) trait Staged: Element {
+    /// Elements that are multiplied at a time.
+    const UNIT: usize;
+
+    /// Products of some rows and all tokens into `sums` (rows, tokens).
+    fn strip_products(level: SimdLevel, strip: &Strip<'_, Self>, sums: &mut [f32])
+    where
+        Self: Sized;
+}
+
+impl Staged for f32 {
+    const UNIT: usize = UNIT;
+
+    fn strip_products(level: SimdLevel, strip: &Strip<'_, Self>, sums: &mut [f32]) {
+        assert!(level <= SimdLevel::detected(), "the processor has no {}", level.as_str());
+        if level == SimdLevel::Scalar || strip.cols == 0 || sums.is_empty() {
+            return matvec::strip_products(strip, sums);
+        }
+        check(strip, sums);
+        // SAFETY: the processor has the features and the lengths fit, as just seen.
+        unsafe {
+            if level == SimdLevel::Avx512 {
+                matvec_avx512::strip_products(strip, sums);
+            } else {
+                matvec_avx2::strip_products(strip, sums);
+            }
+        }
+    }
+}
+
+impl Staged for bf16 {
+    const UNIT: usize = 2 * UNIT;
+
+    fn strip_products(level: SimdLevel, strip: &Strip<'_, Self>, sums: &mut [f32]) {
+        assert!(level <= SimdLevel::detected() && multiplies_bf16(level), "the processor multiplies no bfloat16");
+        if strip.cols == 0 || sums.is_empty() {
+            return sums.fill(0.0);
+        }
+        check(strip, sums);
+        // SAFETY: the processor has the features and the lengths fit, as just seen.
+        unsafe { matvec_bf16::strip_products(strip, sums) };
+    }
+}
+
+/// What the kernels' memory accesses rest on.
+fn check<X: Staged>(strip: &Strip<'_, X>, sums: &[f32]) {
+    let (rows, tokens) = (strip.codes.len() / strip.bytes_per_row(), strip.tokens.len() / strip.token_len());
+    assert!(strip.block_size > 0 && strip.block_size.is_multiple_of(X::UNIT) && sums.len() == rows * tokens);
+    assert!(strip.codes.len() == rows * strip.bytes_per_row() && strip.absmax.len() == rows * strip.blocks_per_row());
+    assert!(strip.tokens.len() == tokens * strip.token_len());
+}

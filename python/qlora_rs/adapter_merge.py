@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qlora_rs.checkpoint.plain import cast
 from qlora_rs.checkpoint.weights import open_weights
 from qlora_rs.errors import FormatError, UnsupportedError
 from qlora_rs.linear import Linear4bit
@@ -84,23 +85,6 @@ def merge_weight(base: Tensor, delta: Tensor | None, dtype: torch.dtype) -> tupl
         raise FormatError("the merged weight would hold NaN or infinite values")
     merged = cast(exact, dtype)
     return merged, relative_error(merged, exact)
-
-
-def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """The tensor in ``dtype``.
-
-    Raises:
-        FormatError: finite values do not fit.
-    """
-    result = tensor.to(dtype)
-    if torch.finfo(dtype).max < torch.finfo(tensor.dtype).max:
-        lost = torch.isinf(result) & torch.isfinite(tensor)
-        if lost.any():
-            wider = "float32" if dtype == torch.bfloat16 else "bfloat16"
-            name = str(dtype).removeprefix("torch.")
-            largest = float(tensor[lost].abs().max())
-            raise FormatError(f"values up to {largest:.4g} do not fit {name}; merge into {wider}")
-    return result
 
 
 def relative_error(got: Tensor, expected: Tensor) -> float:

@@ -11,24 +11,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qlora_rs.adapter_merge import MergedLayer, MergeReport, cast, check_dtype, merge_weight, relative_error
+from qlora_rs.adapter_merge import MergedLayer, MergeReport, check_dtype, merge_weight, relative_error
 from qlora_rs.adapters import adapter_delta, read_adapter
-from qlora_rs.checkpoint import CheckpointInfo, TensorRow, inspect
+from qlora_rs.checkpoint import CheckpointInfo, inspect
 from qlora_rs.checkpoint.choice import FLOAT_DTYPES
-from qlora_rs.checkpoint.companions import companion_files
-from qlora_rs.checkpoint.folder import copy_file, partial_folder, require_space, resolve_destination, write_json
+from qlora_rs.checkpoint.folder import resolve_destination
+from qlora_rs.checkpoint.plain import cast, plain_config, plan_plain
 from qlora_rs.checkpoint.progress import ByteCounter, Progress
 from qlora_rs.checkpoint.provenance import open_recorded_source, recorded_source_bytes
-from qlora_rs.checkpoint.shards import PlannedTensor, plan_shards, write_shards
-from qlora_rs.checkpoint.source import CONFIG, Source, open_source, require_folder
+from qlora_rs.checkpoint.shards import plan_shards
+from qlora_rs.checkpoint.source import Source, open_source, require_folder
 from qlora_rs.checkpoint.weights import TensorReader, stored_name
+from qlora_rs.checkpoint.writing import ModelPlan, write_model
 from qlora_rs.errors import FormatError, UnsupportedError
-from qlora_rs.quantization import dequantize
-from qlora_rs.report import SkippedEntry, fold, format_bytes
+from qlora_rs.report import SkippedEntry, format_bytes, left_out_lines
 
 Pair = tuple[Tensor, Tensor]
-
-STORED_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 
 
 @dataclass(frozen=True)
@@ -63,9 +61,7 @@ class FolderMergeReport(MergeReport):
     def __str__(self) -> str:
         """A few lines."""
         sizes = f"all tensors: {format_bytes(self.bytes_before)} -> {format_bytes(self.bytes_after)}"
-        lines = [super().__str__(), sizes]
-        for name, group in fold(self.left_out, lambda entry: entry.reason):
-            lines.append(f"left out {name} ({format_bytes(sum(e.bytes for e in group))}): {group[0].reason}")
+        lines = [super().__str__(), sizes, *left_out_lines(self.left_out)]
         lines.extend(f"note: {note}" for note in self.notes)
         return "\n".join(lines)
 
@@ -125,21 +121,13 @@ def merge(
     target = resolve_destination(model_path, asked, overwrite)
     for other in (adapter_path, *(() if base_path is None else (base_path,))):
         resolve_destination(other, asked, overwrite)
-    carried, left_out = companion_files(source)
-    planned = [_planned(row, dtype) for row in info.tensors]
-    shards = plan_shards(planned, max_shard_size)
-    bytes_after = sum(tensor.nbytes for tensor in planned)
-    require_space(target, bytes_after + sum((model_path / name).stat().st_size for name in carried))
-
+    shards = plan_shards([plan_plain(row, dtype) for row in info.tensors], max_shard_size)
     hashed_bytes = 0 if base_path is None else recorded_source_bytes(info, base_path)
     counter = ByteCounter(progress, info.total_bytes + hashed_bytes)
     read_base = None if base_path is None else open_recorded_source(info, base_path, counter.add)
     merger = _Merger(info, TensorReader(source), read_base, config, adapted, dtype, counter)
-    with partial_folder(target, overwrite, notes) as folder:
-        write_shards(folder, shards, merger.tensor, {"format": "pt"})
-        for name in carried:
-            copy_file(model_path / name, folder / name)
-        write_json(folder / CONFIG, _plain_config(source.config, dtype))
+    plan = ModelPlan(shards, merger.tensor, plain_config(source.config, dtype))
+    left_out = write_model(source, target, plan, overwrite=overwrite, notes=notes)
     described = "its 16-bit weights" if info.spec is None else "the dequantized base"
     order = {row.name: number for number, row in enumerate(info.tensors)}
     return FolderMergeReport(
@@ -147,8 +135,8 @@ def merge(
         dtype=dtype,
         base=described if base_path is None else f"the weights of {base_path}",
         bytes_before=info.total_bytes,
-        bytes_after=bytes_after,
-        files=tuple(shard.file for shard in shards),
+        bytes_after=plan.nbytes,
+        files=plan.files,
         left_out=tuple(left_out),
         notes=tuple(notes),
     )
@@ -205,16 +193,15 @@ class _Merger:
 
     def _dequantized(self, name: str) -> Tensor:
         assert self.info.spec is not None
-        packed = self.reader.packed(name, self.rows[name].shape, self.info.spec)
-        try:
-            return dequantize(packed, torch.float32)
-        except ValueError as error:
-            raise FormatError(str(error)) from None
+        return self.reader.dequantized(name, self.rows[name].shape, self.info.spec)
 
 
 def _check_model(info: CheckpointInfo, base: Path | None) -> list[str]:
-    if info.format not in ("qlora_rs", "float"):
-        raise UnsupportedError(f"{info.path}: is quantized by {info.format!r}; only this library's packed models merge")
+    if info.spec is None and info.format != "float":
+        raise UnsupportedError(
+            f"{info.path}: is quantized by {info.format!r}; packed models of this library merge, and those of "
+            "bitsandbytes in 4 bits"
+        )
     if info.spec is not None:
         return []
     if base is not None:
@@ -265,21 +252,3 @@ def _is_tied(layer: str, stored: str | None, config: Mapping[str, Any]) -> bool:
     text = config.get("text_config")
     asked = config.get("tie_word_embeddings", text.get("tie_word_embeddings") if isinstance(text, dict) else None)
     return stored is None or asked is True
-
-
-def _planned(row: TensorRow, dtype: torch.dtype) -> PlannedTensor:
-    if row.kind == "packed" or row.dtype in FLOAT_DTYPES:
-        return PlannedTensor(row.name, STORED_DTYPES[dtype], row.shape, row.elements * dtype.itemsize)
-    return PlannedTensor(row.name, row.dtype, row.shape, row.bytes)
-
-
-def _plain_config(config: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
-    """``config.json`` without the quantization and with the new type, its own keys in their order."""
-    name = str(dtype).removeprefix("torch.")
-
-    def plain(part: Mapping[str, Any]) -> dict[str, Any]:
-        kept = {key: value for key, value in part.items() if key != "quantization_config"}
-        return {key: name if key in ("dtype", "torch_dtype") else value for key, value in kept.items()}
-
-    parts = {key: plain(value) if isinstance(value, dict) else value for key, value in plain(config).items()}
-    return parts if "dtype" in parts or "torch_dtype" in parts else {**parts, "dtype": name}

@@ -7,6 +7,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +16,15 @@ from torch import nn
 
 from qlora_rs import _core, ops
 from qlora_rs.checkpoint.choice import FLOAT_DTYPES as FLOAT_DTYPE_NAMES
+from qlora_rs.checkpoint.flat import METHOD as FLAT_METHOD
 from qlora_rs.checkpoint.inspection import inspect
 from qlora_rs.checkpoint.placing import DeviceFolder, packed_parts
 from qlora_rs.checkpoint.source import Source, find_quantization_config, open_source, read_config, require_folder
+from qlora_rs.checkpoint.weights import TensorReader
 from qlora_rs.errors import DeviceError, FormatError, NonFiniteError, UnsupportedError, first_line, require_extra
 from qlora_rs.linear import Linear4bit
 from qlora_rs.lora import replace_module
-from qlora_rs.packed import FLOAT_DTYPES
+from qlora_rs.packed import FLOAT_DTYPES, PackedTensor
 from qlora_rs.report import PackedEntry, QuantizeReport, SkippedEntry
 from qlora_rs.selection import select_linear
 from qlora_rs.spec import QuantSpec
@@ -35,8 +38,9 @@ def from_pretrained(
 ) -> Any:
     """Load a model folder with its Linear layers packed, in evaluation mode.
 
-    A packed folder is loaded as it is. A folder in 16 or 32 bits is quantized on the way in, weight by weight, to the
-    same bytes that `checkpoint.quantize` writes: at no time does memory hold more than one float weight beside them.
+    A packed folder, of this library or of bitsandbytes in 4 bits, is loaded as it is, byte for byte. A folder in 16 or
+    32 bits is quantized on the way in, weight by weight, to the bytes that `checkpoint.quantize` writes: memory never
+    holds more than one float weight beside them.
 
     Args:
         path: a model folder (``config.json``, safetensors).
@@ -55,7 +59,7 @@ def from_pretrained(
         FormatError: a file is damaged, or weights are missing or have other shapes than the model.
         NonFiniteError: a weight that has to be quantized holds NaN or Inf.
         UnsupportedError: transformers is not installed or does not know the model, the folder is quantized by another
-            library, or the device has no kernels.
+            library or holds rows of bitsandbytes that are no whole blocks, or the device has no kernels.
         DeviceError: there is no such device, or its driver fails.
         ValueError: ``spec`` is not what the folder was packed with, or ``dtype`` is no float type.
 
@@ -72,6 +76,8 @@ def from_pretrained(
     if info.spec is not None:
         if spec is not None and spec != info.spec:
             raise ValueError(f"{folder} is packed as {info.spec.describe()}; it cannot be loaded as {spec.describe()}")
+        if info.format == FLAT_METHOD:
+            return _load_flat(transformers, folder, target, info.spec, place)
         return _load(transformers, folder, target, None, place)
     if info.config is not None:
         raise UnsupportedError(f"{folder}: is quantized by {info.format!r}; start from the 16-bit model")
@@ -235,10 +241,7 @@ def _load(transformers: Any, folder: Path, dtype: torch.dtype, quantization: Any
     """Through transformers, with its silences turned into errors."""
     from qlora_rs.integrations.transformers import METHOD
 
-    named: list[Any] = [
-        getattr(transformers, str(name), None) for name in read_config(folder).get("architectures") or ()
-    ]
-    cls = next((cls for cls in named if hasattr(cls, "from_pretrained")), transformers.AutoModelForCausalLM)
+    cls = _model_class(transformers, folder)
     method = (find_quantization_config(read_config(folder)) or {}).get("quant_method", METHOD)
     if device.type != "cpu" and method == METHOD and getattr(cls, "config_class", None) is not None:
         return _load_onto(transformers, cls, folder, dtype, quantization, device)
@@ -247,6 +250,51 @@ def _load(transformers: Any, folder: Path, dtype: torch.dtype, quantization: Any
         model, info = _build(cls, str(folder), dtype, use_safetensors=True, **options)
     _check_whole(folder, model, info)
     return model.to(device)
+
+
+def _model_class(transformers: Any, folder: Path) -> Any:
+    """The class that ``config.json`` names, or that of causal language models."""
+    named: list[Any] = [
+        getattr(transformers, str(name), None) for name in read_config(folder).get("architectures") or ()
+    ]
+    return next((cls for cls in named if hasattr(cls, "from_pretrained")), transformers.AutoModelForCausalLM)
+
+
+def _load_flat(transformers: Any, folder: Path, dtype: torch.dtype, spec: QuantSpec, device: torch.device) -> Any:
+    """A model of bitsandbytes' files as a native one: transformers builds it and gets what is not packed."""
+    from qlora_rs.integrations.transformers import QloraRsConfig, fill_awaited
+
+    source = open_source(folder)
+    reader = TensorReader(source)
+    info = inspect(folder)
+    for row in info.packed:
+        reader.packed(row.name, row.shape, spec)  # what cannot be taken over is told before the model is built
+    # Copied, so that no parameter depends on the file any longer.
+    kept = {row.name: reader.stored(row.name).clone() for row in info.tensors if row.kind == "kept"}
+    with _errors(transformers, folder, None):
+        config = transformers.AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+        files = [str(folder / file) for file in source.files]
+        config.quantization_config = {**QloraRsConfig.of(spec).to_dict(), "files": files}
+        generation = _generation_config(transformers, str(folder))
+        cls = _model_class(transformers, folder)
+        model, loading = _build(cls, None, dtype, config=config, state_dict=kept, generation_config=generation)
+    _check_whole(folder, model, loading)
+    fill_awaited(model, lambda name, shape, float_dtype: _copied(reader.packed(name, shape, spec, float_dtype)))
+    _name_after(model, str(folder))
+    return model.to(device)
+
+
+def _copied(packed: PackedTensor) -> PackedTensor:
+    parts = ("codes", "absmax", "absmax_scale", "absmax_offset")
+    found = {part: getattr(packed, part) for part in parts}
+    return replace(packed, **{part: tensor.clone() for part, tensor in found.items() if tensor is not None})
+
+
+def _name_after(model: Any, path: str) -> None:
+    """Tell a model its folder, which transformers was not told."""
+    for module in model.modules():
+        if hasattr(module, "name_or_path"):
+            module.name_or_path = module.config.name_or_path = path
 
 
 def _load_onto(
@@ -282,9 +330,7 @@ def _load_onto(
             spec = QuantSpec.from_config(packed)
             fill_awaited(model, lambda name, shape, float_dtype: tensors.packed(name, shape, spec, float_dtype))
         tensors.place(model)
-    for module in model.modules():
-        if hasattr(module, "name_or_path"):  # of the folder, which transformers was not told
-            module.name_or_path = module.config.name_or_path = path
+    _name_after(model, path)
     return model
 
 

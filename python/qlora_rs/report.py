@@ -74,12 +74,21 @@ class QuantizeReport:
         ]
         if self.packed:
             lines.append(f"  as {', '.join(sorted({entry.spec for entry in self.packed}))}")
-        for title, entries in (("kept", self.skipped), ("left out", self.left_out)):
-            for name, group in fold(entries, lambda entry: entry.reason):
-                size = format_bytes(sum(entry.bytes for entry in group))
-                lines.append(f"{title} {name} ({size}): {group[0].reason}")
+        lines += [*_reason_lines("kept", self.skipped), *left_out_lines(self.left_out)]
         lines.extend(f"note: {note}" for note in self.notes)
         return "\n".join(lines)
+
+
+def left_out_lines(entries: Iterable[SkippedEntry]) -> list[str]:
+    """A line for each kind of files that were not carried over."""
+    return _reason_lines("left out", entries)
+
+
+def _reason_lines(title: str, entries: Iterable[SkippedEntry]) -> list[str]:
+    return [
+        f"{title} {name} ({format_bytes(sum(entry.bytes for entry in group))}): {group[0].reason}"
+        for name, group in fold(entries, lambda entry: entry.reason)
+    ]
 
 
 def format_bytes(count: int) -> str:

@@ -106,7 +106,7 @@ def test_values_that_float16_cannot_hold_are_an_error_and_change_nothing(adapted
     model = adapted_model()
     model.get_parameter(where).data.fill_(1e6)
     before = logits(model)
-    with pytest.raises(FormatError, match=rf"{where.removesuffix('.lora_B')}.*do not fit float16; merge into bfloat16"):
+    with pytest.raises(FormatError, match=rf"{where.removesuffix('.lora_B')}.*do not fit float16; choose bfloat16"):
         merge_adapter(model, torch.float16)
     assert torch.equal(logits(model), before)
     assert model.model.embed_tokens.weight.dtype == torch.float32
@@ -190,5 +190,5 @@ def test_relative_error_of_zeros_and_sums_that_float32_cannot_hold() -> None:
     assert relative_error(torch.tensor([1.0, 2.0]), torch.tensor([1.0, 1.0])) == pytest.approx(0.5**0.5)
     with pytest.raises(FormatError, match="NaN or inf"):
         merge_weight(torch.full((2, 2), 3e38), torch.full((2, 2), 3e38), torch.float32)
-    with pytest.raises(FormatError, match="do not fit bfloat16; merge into float32"):
+    with pytest.raises(FormatError, match="do not fit bfloat16; choose float32"):
         merge_weight(torch.full((2, 2), 3.4e38), None, torch.bfloat16)

@@ -16,8 +16,7 @@ from safetensors.torch import load_file, save_file
 
 import qlora_rs
 from qlora_rs import FormatError, checkpoint, merge_adapter
-from qlora_rs import merge as merging
-from qlora_rs.checkpoint import shards
+from qlora_rs.checkpoint import shards, writing
 from qlora_rs.merge import merge
 
 Q_PROJ = "model.layers.0.self_attn.q_proj"
@@ -212,7 +211,7 @@ def test_a_failure_leaves_nothing_under_the_name(packed, adapter, tmp_path, monk
 def test_too_little_space_is_said_before_work(packed, adapter, tmp_path, monkeypatch) -> None:
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
-    monkeypatch.setattr(merging, "write_shards", None)
+    monkeypatch.setattr(writing, "write_shards", None)
     with pytest.raises(OSError, match="are free") as caught:
         merge(packed, adapter, tmp_path / "merged")
     assert caught.value.errno == errno.ENOSPC
@@ -224,7 +223,7 @@ def test_an_existing_destination_is_replaced_only_when_asked_and_whole(packed, a
     with pytest.raises(FileExistsError, match="--overwrite"):
         merge(packed, adapter, tmp_path / "merged")
     with monkeypatch.context() as patch:
-        patch.setattr(merging, "write_json", lambda *args: 1 / 0)
+        patch.setattr(writing, "write_json", lambda *args: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             merge(packed, adapter, tmp_path / "merged", dtype=torch.float32, overwrite=True)
     assert (tmp_path / "merged" / "model.safetensors").read_bytes() == before

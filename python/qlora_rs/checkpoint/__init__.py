@@ -1,12 +1,13 @@
 """Model folders, files to files: no model is built and no tensor is held whole.
 
-`quantize` writes a packed checkpoint, `inspect` says what a checkpoint holds, `verify` whether it is what its source
-gives, `diff` in what two differ; `open_weights` reads single tensors.
+`quantize` writes a packed checkpoint, `convert` writes it in another format, `inspect` says what a checkpoint holds,
+`verify` whether it is what its source gives, `diff` in what two differ; `open_weights` reads single tensors.
 """
 
 from __future__ import annotations
 
 from qlora_rs.checkpoint.comparison import diff
+from qlora_rs.checkpoint.conversion import ConvertReport, convert
 from qlora_rs.checkpoint.differences import DiffReport, TensorDiff
 from qlora_rs.checkpoint.inspection import CheckpointInfo, TensorRow, inspect
 from qlora_rs.checkpoint.packing import quantize
@@ -17,10 +18,12 @@ from qlora_rs.checkpoint.weights import open_weights
 
 __all__ = [
     "CheckpointInfo",
+    "ConvertReport",
     "DiffReport",
     "TensorDiff",
     "TensorRow",
     "VerifyReport",
+    "convert",
     "diff",
     "inspect",
     "open_weights",

@@ -68,7 +68,7 @@ def choose_tensors(
     draft = _Draft()
     linear: list[str] = []
     try:
-        model = _meta_model(source)
+        model = meta_model(source)
     except UnsupportedError as error:
         if not wanted:
             raise UnsupportedError(
@@ -95,7 +95,7 @@ def choose_tensors(
     return Choice(packed, reasons, tuple(draft.not_converted), tuple(draft.notes))
 
 
-def _meta_model(source: Source) -> nn.Module:
+def meta_model(source: Source) -> nn.Module:
     """The model that config.json describes, without memory for its parameters."""
     transformers = require_extra("transformers", "transformers", "telling which tensors are Linear weights")
     path = source.path / CONFIG
@@ -133,7 +133,7 @@ def _choose_by_model(
     draft.not_converted = [
         name for name, module in model.named_modules() if isinstance(module, nn.Linear) and name in linear_reasons
     ]
-    parameter_of, fused = _parameter_names(source, model)
+    parameter_of, fused = parameter_names(source, model)
     file_name_of = {parameter: tensor for tensor, parameter in parameter_of.items()}
     owners = {
         f"{module_name}.{name}" if module_name else name: (module_name, module)
@@ -172,7 +172,7 @@ def _choose_by_model(
         )
 
 
-def _parameter_names(source: Source, model: nn.Module) -> tuple[dict[str, str], set[str]]:
+def parameter_names(source: Source, model: nn.Module) -> tuple[dict[str, str], set[str]]:
     """The model's name of each tensor that has one, and the tensors that transformers fuses while loading."""
     state = model.state_dict()
     prefix = str(getattr(model, "base_model_prefix", "") or "")

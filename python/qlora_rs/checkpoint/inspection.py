@@ -10,16 +10,19 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from qlora_rs.checkpoint.flat import FlatWeight, is_flat, read_flat_weights
 from qlora_rs.checkpoint.source import (
     CONFIG,
     Source,
     StoredTensor,
     check_format_version,
+    expect_tensor,
     find_quantization_config,
     open_source,
     read_config,
     read_file,
 )
+from qlora_rs.checkpoint.weights import TensorReader
 from qlora_rs.errors import FormatError
 from qlora_rs.packed import PackedShapes
 from qlora_rs.spec import QuantSpec
@@ -65,8 +68,9 @@ class CheckpointInfo:
     Attributes:
         path: the folder or file.
         format: ``"qlora_rs"`` (native packed), ``"float"`` (not quantized), or the ``quant_method`` of
-            another library, whose tensors are then listed as they are stored.
-        spec: how packed tensors are quantized; None unless native.
+            another library, whose tensors are then listed as they are stored (those of bitsandbytes in 4 bits: as
+            the weights that they make up).
+        spec: how packed tensors are quantized; None unless all of them are quantized in one way that is known here.
         tensors: in the order of files and data.
         files: the safetensors files.
         source_sha256: hashes of the files that a packed checkpoint was made from.
@@ -117,7 +121,8 @@ class CheckpointInfo:
 
 
 def inspect(path: str | os.PathLike[str]) -> CheckpointInfo:
-    """Read what a model folder, or a single ``.safetensors`` file, holds. No tensor data is read.
+    """Read what a model folder, or a single ``.safetensors`` file, holds. Only headers are read, and of bitsandbytes'
+    files the few bytes a weight that say how it is quantized.
 
     A single file is understood as packed only with the ``config.json`` beside it.
 
@@ -138,7 +143,12 @@ def inspect(path: str | os.PathLike[str]) -> CheckpointInfo:
         check_format_version(config.get("format_version"), str(source.path / CONFIG))
         spec = QuantSpec.from_config(config)
         hashes = _source_hashes(source)
-    rows = _rows(source, spec)
+    flat: dict[str, FlatWeight] = {}
+    if is_flat(config):
+        flat = read_flat_weights(source, TensorReader(source).stored, whole=not where.is_file())
+        specs = {weight.spec for weight in flat.values()}
+        spec = specs.pop() if len(specs) == 1 else None
+    rows = _flat_rows(source, flat) if flat else _rows(source, spec)
     return CheckpointInfo(str(where), method, spec, rows, source.files, hashes, config)
 
 
@@ -172,8 +182,25 @@ def _rows(source: Source, spec: QuantSpec | None) -> tuple[TensorRow, ...]:
         if name in is_packed and spec is not None:
             rows.append(_packed_row(source, tensor, spec))
         else:
-            rows.append(TensorRow(name, "kept", tensor.dtype, tensor.shape, tensor.nbytes, tensor.file))
+            rows.append(_kept_row(tensor))
     return tuple(rows)
+
+
+def _flat_rows(source: Source, flat: Mapping[str, FlatWeight]) -> tuple[TensorRow, ...]:
+    parts = {part for weight in flat.values() for part in weight.parts}
+    rows = []
+    for name, tensor in source.tensors.items():
+        if name in flat:
+            weight = flat[name]
+            shape = (2 * tensor.nbytes,) if weight.shape is None else weight.shape
+            rows.append(TensorRow(name, "packed", weight.spec.quant_type, shape, weight.nbytes, tensor.file))
+        elif name not in parts:
+            rows.append(_kept_row(tensor))
+    return tuple(rows)
+
+
+def _kept_row(tensor: StoredTensor) -> TensorRow:
+    return TensorRow(tensor.name, "kept", tensor.dtype, tensor.shape, tensor.nbytes, tensor.file)
 
 
 def _packed_row(source: Source, codes: StoredTensor, spec: QuantSpec) -> TensorRow:
@@ -186,17 +213,27 @@ def _packed_row(source: Source, codes: StoredTensor, spec: QuantSpec) -> TensorR
     if spec.double_quant:
         expected["_absmax_scale"] = ("I32", shapes.absmax_scale)
         expected["_absmax_offset"] = ("I32", shapes.absmax_offset)
-    total = 0
-    for part, (dtype, part_shape) in expected.items():
-        found = source.tensors.get(codes.name + part)
-        if found is None or (found.dtype, found.shape) != (dtype, part_shape):
-            got = "nothing" if found is None else f"{found.dtype} {list(found.shape)}"
-            raise FormatError(
-                f"{source.path / codes.file}: tensor {codes.name + part!r}: expected {dtype} "
-                f"{list(part_shape)} for {spec.describe()}, got {got}"
-            )
-        total += found.nbytes
+    total = sum(
+        expect_tensor(source, codes.file, codes.name + part, dtype, part_shape, spec.describe()).nbytes
+        for part, (dtype, part_shape) in expected.items()
+    )
     return TensorRow(codes.name, "packed", spec.quant_type, shape, total, codes.file)
+
+
+def packed_shapes(source: Source, spec: QuantSpec) -> dict[str, tuple[int, ...]]:
+    """Logical shapes of the packed weights, native ones or bitsandbytes', by name.
+
+    Raises:
+        FormatError, UnsupportedError: of what describes them.
+    """
+    shapes = {
+        name: logical_shape(source.path, tensor, source.metadata[tensor.file], spec)
+        for name, tensor in source.tensors.items()
+        if f"{name}_absmax" in source.tensors
+    }
+    if shapes:
+        return shapes
+    return {name: weight.shape or () for name, weight in TensorReader(source).flat.items()}
 
 
 def logical_shape(folder: Path, codes: StoredTensor, metadata: Mapping[str, str], spec: QuantSpec) -> tuple[int, ...]:

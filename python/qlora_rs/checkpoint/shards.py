@@ -16,6 +16,9 @@ from torch import Tensor
 from qlora_rs.checkpoint.folder import naming, write_json
 from qlora_rs.checkpoint.source import INDEX, SINGLE
 
+# Types of one width in the order in which the format's own writer puts them.
+_DTYPE_ORDER = ("C64", "F32", "U32", "I32", "BF16", "F16", "U16", "I16", "F8_E8M0", "F8_E4M3", "F8_E5M2", "I8", "U8")
+
 
 @dataclass(frozen=True)
 class PlannedTensor:
@@ -42,14 +45,20 @@ class PlannedShard:
 
 def plan_shards(tensors: Sequence[PlannedTensor], max_shard_size: int) -> list[PlannedShard]:
     """Files of at most ``max_shard_size`` bytes of tensors (one tensor at least), in the order given."""
+    return plan_grouped_shards([[tensor] for tensor in tensors], max_shard_size)
+
+
+def plan_grouped_shards(together: Sequence[Sequence[PlannedTensor]], max_shard_size: int) -> list[PlannedShard]:
+    """The same for tensors that stay ``together`` in one file, as the parts of a weight do."""
     groups: list[list[PlannedTensor]] = [[]]
     held = 0
-    for tensor in tensors:
-        if groups[-1] and held + tensor.nbytes > max_shard_size:
+    for tensors in together:
+        size = sum(tensor.nbytes for tensor in tensors)
+        if groups[-1] and held + size > max_shard_size:
             groups.append([])
             held = 0
-        groups[-1].append(tensor)
-        held += tensor.nbytes
+        groups[-1].extend(tensors)
+        held += size
     if len(groups) == 1:
         return [PlannedShard(SINGLE, _aligned(groups[0]))]
     return [
@@ -59,9 +68,20 @@ def plan_shards(tensors: Sequence[PlannedTensor], max_shard_size: int) -> list[P
 
 
 def write_shards(
-    folder: Path, shards: Sequence[PlannedShard], read: Callable[[str], Tensor], metadata: Mapping[str, str]
+    folder: Path,
+    shards: Sequence[PlannedShard],
+    read: Callable[[str], Tensor],
+    metadata: Mapping[str, str],
+    index_metadata: Mapping[str, int] | None = None,
 ) -> None:
     """Write the files, and the index where there are several; ``read(name)`` makes each tensor when it is due.
+
+    Args:
+        folder: an existing folder.
+        shards: as they were planned.
+        read: gives a tensor by its name.
+        metadata: of each file.
+        index_metadata: of the index, besides ``total_size``.
 
     Raises:
         OSError: the system failed, with the file's name.
@@ -77,15 +97,21 @@ def write_shards(
     if len(shards) > 1:
         weight_map = {tensor.name: shard.file for shard in shards for tensor in shard.tensors}
         total = sum(shard.nbytes for shard in shards)
-        write_json(
-            folder / INDEX,
-            {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))},
-        )
+        described = {**(index_metadata or {}), "total_size": total}
+        write_json(folder / INDEX, {"metadata": described, "weight_map": dict(sorted(weight_map.items()))})
 
 
 def _aligned(tensors: Sequence[PlannedTensor]) -> tuple[PlannedTensor, ...]:
-    """Wide elements first, as the format's own writer does: every tensor then starts at a multiple of its element."""
-    return tuple(sorted(tensors, key=lambda tensor: -tensor.nbytes / max(1, math.prod(tensor.shape))))
+    """In the order of the format's own writer: wide elements first, so that every tensor starts at a multiple of its
+    element; then by type and name.
+    """
+
+    def key(tensor: PlannedTensor) -> tuple[float, int, str]:
+        known = tensor.dtype in _DTYPE_ORDER
+        width = tensor.nbytes / max(1, math.prod(tensor.shape))
+        return -width, _DTYPE_ORDER.index(tensor.dtype) if known else len(_DTYPE_ORDER), tensor.name
+
+    return tuple(sorted(tensors, key=key))
 
 
 def _header(shard: PlannedShard, metadata: Mapping[str, str]) -> bytes:

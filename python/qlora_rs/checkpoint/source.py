@@ -144,6 +144,22 @@ def read_quantization_config(path: str | Path) -> dict[str, Any] | None:
     return find_quantization_config(read_config(folder))
 
 
+def expect_tensor(source: Source, file: str, name: str, dtype: str, shape: tuple[int, ...], what: str) -> StoredTensor:
+    """The tensor ``name``, which has to be ``dtype`` of ``shape`` for ``what``, part of a weight in ``file``.
+
+    Raises:
+        FormatError: it is missing, or something else.
+    """
+    found = source.tensors.get(name)
+    if found is None or (found.dtype, found.shape) != (dtype, shape):
+        got = "nothing" if found is None else f"{found.dtype} {list(found.shape)}"
+        raise FormatError(
+            f"{source.path / (file if found is None else found.file)}: tensor {name!r}: expected {dtype} "
+            f"{list(shape)} for {what}, got {got}"
+        )
+    return found
+
+
 def find_quantization_config(config: Mapping[str, Any]) -> dict[str, Any] | None:
     """The ``quantization_config`` of a model, or of one of its parts (``text_config`` and the like)."""
     for part in (config, *(value for value in config.values() if isinstance(value, dict))):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Collection
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +14,11 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from qlora_rs.checkpoint.choice import FLOAT_DTYPES
+from qlora_rs.checkpoint.flat import FlatWeight, aligned_packed, flat_packed, read_flat_weights
 from qlora_rs.checkpoint.source import Source, find_quantization_config, open_source
 from qlora_rs.errors import FormatError, UnsupportedError
 from qlora_rs.packed import PackedTensor
+from qlora_rs.quantization import dequantize
 from qlora_rs.spec import QuantSpec
 
 
@@ -49,9 +53,44 @@ class TensorReader:
             ) from None
         return stored
 
-    def packed(self, name: str, shape: tuple[int, ...], spec: QuantSpec) -> PackedTensor:
-        """The packed weight ``name`` of logical ``shape``; `inspect` has checked that its parts fit together."""
-        return assemble_packed(self.stored, name, shape, spec, torch.float32)
+    def packed(
+        self, name: str, shape: tuple[int, ...], spec: QuantSpec, dtype: torch.dtype = torch.float32
+    ) -> PackedTensor:
+        """The packed weight ``name`` of logical ``shape``; `inspect` has checked that its parts fit together.
+
+        Raises:
+            UnsupportedError: the file is bitsandbytes', and what it holds cannot be taken by rows (the reason is told).
+        """
+        if f"{name}_absmax" in self.source.tensors:
+            return assemble_packed(self.stored, name, shape, spec, dtype)
+        return aligned_packed(self.source, self.flat[name], self.stored, dtype)
+
+    def dequantized(self, name: str, shape: tuple[int, ...], spec: QuantSpec) -> Tensor:
+        """The packed weight ``name`` in float32, whether or not its blocks end with its rows.
+
+        Raises:
+            FormatError: codes that the codebook does not have.
+            UnsupportedError: the file does not tell the weight's shape.
+        """
+        if f"{name}_absmax" in self.source.tensors:
+            packed = self.packed(name, shape, spec)
+        else:
+            weight = self.flat[name]
+            if weight.shape is None:
+                path = self.source.path / self.source.tensors[name].file
+                raise UnsupportedError(f"{path}: tensor {name!r}: its quant_state does not tell its shape")
+            packed = flat_packed(self.source, weight, self.stored)
+        try:
+            result = dequantize(packed, torch.float32)
+        except ValueError as error:
+            raise FormatError(str(error)) from None
+        assert result.numel() == math.prod(shape)
+        return result.reshape(shape)
+
+    @cached_property
+    def flat(self) -> dict[str, FlatWeight]:
+        """The 4-bit weights of a bitsandbytes folder."""
+        return read_flat_weights(self.source, self.stored)
 
 
 def assemble_packed(

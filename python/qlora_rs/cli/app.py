@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from qlora_rs.cli.convert import convert
 from qlora_rs.cli.diff import diff
 from qlora_rs.cli.doctor import doctor
 from qlora_rs.cli.eval import evaluate
@@ -37,6 +38,7 @@ for _name, _function in (
     ("inspect", inspect),
     ("verify", verify),
     ("diff", diff),
+    ("convert", convert),
     ("train", train),
     ("eval", evaluate),
     ("generate", generate),

@@ -40,22 +40,23 @@ def load_model(path: Path, adapter: Path | None = None, dtype: str = "auto") -> 
         ValueError: ``dtype`` is no float type.
     """
     from qlora_rs.adapters import load_adapter, read_adapter
-    from qlora_rs.checkpoint import read_quantization_config
+    from qlora_rs.checkpoint import inspect
+    from qlora_rs.checkpoint.source import require_folder
     from qlora_rs.errors import UnsupportedError
     from qlora_rs.model import from_pretrained, load_float
-    from qlora_rs.spec import QuantSpec
 
-    quantization = read_quantization_config(path)
+    require_folder(path)
+    info = inspect(path)
     if adapter is not None:
         read_adapter(adapter)  # what is wrong with it should be said before a large model is loaded, not after
     transformers = quiet_transformers("running a model")
     with warnings_as_messages():
         tokenizer = _load_tokenizer(transformers, path)
-        if quantization is None:
+        if info.config is None:
             model, held = load_float(path, dtype), "not packed: used as it is, without quantizing"
         else:
             model = from_pretrained(path, dtype=dtype)
-            held = f"packed as {QuantSpec.from_config(quantization).describe()}"
+            held = f"packed as {info.spec.describe()}" if info.spec is not None else info.format
         if getattr(model, "get_output_embeddings", lambda: None)() is None or not hasattr(model, "generate"):
             raise UnsupportedError(f"{path}: {type(model).__name__} is no causal language model")
         if adapter is not None:

@@ -19,8 +19,8 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from qlora_rs import ops
-from qlora_rs.checkpoint.inspection import logical_shape
-from qlora_rs.checkpoint.source import FORMAT_VERSION, StoredTensor, check_format_version, read_file
+from qlora_rs.checkpoint.inspection import packed_shapes
+from qlora_rs.checkpoint.source import FORMAT_VERSION, Source, StoredTensor, check_format_version, read_file
 from qlora_rs.errors import FormatError, QloraError, UnsupportedError
 from qlora_rs.linear import Linear4bit
 from qlora_rs.lora import replace_module
@@ -227,10 +227,12 @@ def _packed_in_files(model: Any, files: Sequence[str], spec: QuantSpec) -> dict[
         stored, metadata[file.name] = read_file(file.parent, file.name)
         tensors |= {tensor.name: tensor for tensor in stored}
     folder = Path(files[0]).parent
+    source = Source(folder, {}, tuple(metadata), tensors, metadata)
+    shapes = packed_shapes(source, spec)
     prefix = str(getattr(model, "base_model_prefix", "") or "")
     parameters = dict(model.named_parameters())
     packed = {}
-    for name in sorted(name for name in tensors if f"{name}_absmax" in tensors):
+    for name in sorted(shapes):
         candidates = (name, f"{prefix}.{name}", name.removeprefix(f"{prefix}."))
         found = next((candidate for candidate in candidates if candidate in parameters), None)
         if found is None:
@@ -247,7 +249,7 @@ def _packed_in_files(model: Any, files: Sequence[str], spec: QuantSpec) -> dict[
                 f"{name} is packed, but belongs to a {type(owner).__name__}: only Linear layers compute in 4 bits; "
                 "quantize the model again without --include for it"
             )
-        shape = logical_shape(folder, tensors[name], metadata[tensors[name].file], spec)
+        shape = shapes[name]
         if shape != tuple(owner.weight.shape):
             raise FormatError(
                 f"{folder}: the packed weight {name!r} has shape {list(shape)}, but config.json asks for "

@@ -1,0 +1,109 @@
+"""``qlora-rs convert``: results, messages and exit codes."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from qlora_rs import QuantSpec, checkpoint
+
+GOLDEN = Path(__file__).resolve().parent.parent / "golden" / "bitsandbytes"
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory):
+    """The golden source, packed natively; read-only."""
+    folder = tmp_path_factory.mktemp("packed") / "nf4"
+    checkpoint.quantize(GOLDEN / "source", folder, QuantSpec("nf4", 64, False))
+    return folder
+
+
+def test_results_go_to_stdout_and_messages_to_stderr(command, packed, tmp_path):
+    outcome = command("convert", packed, tmp_path / "out", "--to", "bitsandbytes")
+    assert outcome.code == 0, outcome.err
+    assert "7 weights (nf4, block_size=64, double_quant=False) from qlora_rs to bitsandbytes" in outcome.out_words
+    assert outcome.err == f"written to {tmp_path / 'out'}\n"
+    for name in os.listdir(GOLDEN / "nf4"):
+        assert (tmp_path / "out" / name).read_bytes() == (GOLDEN / "nf4" / name).read_bytes(), name
+
+
+@pytest.mark.parametrize("to", ["native", "bitsandbytes", "bf16", "fp16"])
+def test_json_is_one_document(command, tmp_path, to):
+    outcome = command("convert", GOLDEN / "nf4-double-sharded", tmp_path / "out", "--to", to, "--json")
+    report = json.loads(outcome.out)
+    assert (report["source"], report["target"], report["weights"], report["kept"]) == ("bitsandbytes", to, 7, 9)
+    assert report["files"] == ["model.safetensors"]
+    assert report["bytes_after"] == checkpoint.inspect(tmp_path / "out").total_bytes
+    expected = {"native": "qlora_rs", "bitsandbytes": "bitsandbytes"}.get(to, "float")
+    assert checkpoint.inspect(tmp_path / "out").format == expected
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["{packed}", "out", "--to", "gguf"], "native, bitsandbytes, bf16, fp16"),
+        (["{packed}", "out"], "--to"),
+        (["{packed}", "out", "--to", "native"], "is in the native format already"),
+        (["{packed}", "taken", "--to", "bf16"], "--overwrite"),
+        (["{packed}", "{packed}/inside", "--to", "bf16"], "lies in the source"),
+        (["{packed}", "{packed}", "--to", "bf16", "--overwrite"], "lies in the source"),
+        (["nowhere", "out", "--to", "bf16"], "no such model folder"),
+        (["{packed}/model.safetensors", "out", "--to", "bf16"], "not a model folder"),
+        (["{golden}/source", "out", "--to", "bf16"], "is not packed"),
+        (["{golden}/nf4-crossing", "out", "--to", "native"], "rows of 130 elements"),
+    ],
+)
+def test_wrong_use_is_exit_code_2_and_makes_nothing(command, packed, tmp_path, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "taken").mkdir()
+    before = sorted(os.listdir(packed))
+    outcome = command("convert", *(argument.format(packed=packed, golden=GOLDEN) for argument in arguments))
+    assert (outcome.code, outcome.out) == (2, "")
+    assert message in outcome.err_words
+    assert os.listdir(tmp_path) == ["taken"]
+    assert sorted(os.listdir(packed)) == before
+
+
+def test_overwrite_replaces_a_model(command, packed, tmp_path):
+    shutil.copytree(GOLDEN / "fp4", tmp_path / "out")
+    (tmp_path / "out" / "old").write_text("")
+    assert command("convert", packed, tmp_path / "out", "--to", "bitsandbytes", "--overwrite").code == 0
+    assert sorted(os.listdir(tmp_path / "out")) == sorted(os.listdir(GOLDEN / "nf4"))
+    assert os.listdir(tmp_path) == ["out"]
+
+
+def test_ctrl_c_is_exit_code_130_and_a_rerun_works(command, packed, tmp_path, monkeypatch):
+    @contextmanager
+    def interrupting(label):
+        yield lambda done, total: signal.raise_signal(signal.SIGINT)
+
+    arguments = ("convert", packed, tmp_path / "out", "--to", "bitsandbytes")
+    with monkeypatch.context() as patch:
+        patch.setattr("qlora_rs.cli.output.progress_bytes", interrupting)
+        outcome = command(*arguments)
+    assert outcome.code == 130
+    assert "out.partial" in outcome.err
+    assert os.listdir(tmp_path) == ["out.partial"]
+    assert command(*arguments).code == 0
+    assert os.listdir(tmp_path) == ["out"]
+
+
+def test_inspect_shows_a_bitsandbytes_folder(command):
+    outcome = command("inspect", GOLDEN / "nf4-double")
+    assert "bitsandbytes: nf4, block_size=64, double_quant=True" in outcome.out
+    assert "7 weights" in outcome.out_words
+    report = json.loads(command("inspect", GOLDEN / "nf4-double", "--json").out)
+    assert report["spec"] == {"quant_type": "nf4", "block_size": 64, "double_quant": True}
+
+
+def test_help_teaches_with_an_example(command):
+    outcome = command("convert", "--help")
+    assert "qlora-rs convert Llama-3.2-1B-nf4 Llama-3.2-1B-bnb --to bitsandbytes" in outcome.out
+    for option in ("--to", "--overwrite", "--json"):
+        assert option in outcome.out

@@ -28,8 +28,9 @@ from qlora_rs.errors import UnsupportedError
 from qlora_rs.spec import QuantSpec
 
 NATIVE = ("qlora_rs", "float")
-# Elements whose differences are taken at a time: they pass through the processor's cache several times.
-CACHED_ELEMENTS = 1 << 17
+# Elements whose differences are taken at a time: they pass through the processor's cache several times, and torch does
+# not split so few between threads, which would wait for each other most of the time.
+CACHED_ELEMENTS = 1 << 15
 
 
 def diff(a: str | os.PathLike[str], b: str | os.PathLike[str], *, progress: Progress | None = None) -> DiffReport:
@@ -188,7 +189,7 @@ class _Distance:
 
     def _add(self, a: Tensor, b: Tensor) -> None:
         difference = b - a
-        squares_a, squares = float(torch.dot(a, a)), float(torch.dot(difference, difference))
+        squares_a, squares = _squares(a), _squares(difference)
         if not math.isfinite(squares_a + squares):
             unlike = (a != b) & ~(torch.isnan(a) & torch.isnan(b))  # NaN is NaN, whatever its bits
             finite = torch.isfinite(difference)
@@ -196,8 +197,14 @@ class _Distance:
             self.differing += int(torch.count_nonzero(unlike & ~finite))
             difference = torch.where(finite, difference, 0)
             a = torch.where(torch.isfinite(a), a, 0)
-            squares_a, squares = float(torch.dot(a, a)), float(torch.dot(difference, difference))
+            squares_a, squares = _squares(a), _squares(difference)
         self.differing += int(torch.count_nonzero(difference))
         self.largest = max(self.largest, *(abs(float(value)) for value in torch.aminmax(difference)))
         self.squares_a += squares_a
         self.squares_difference += squares
+
+
+def _squares(values: Tensor) -> float:
+    """Sum of the squares; `torch.dot` would start threads for it."""
+    norm = float(torch.linalg.vector_norm(values))
+    return norm * norm

@@ -187,7 +187,10 @@ def _plan_floats(job: _Job, dtype: torch.dtype) -> ModelPlan:
         row = rows[name]
         try:
             if row.kind == "packed":
-                tensor = cast(job.reader.dequantized(name, row.shape, job.spec), dtype)
+                tensor = job.reader.dequantized(name, row.shape, job.spec, dtype)
+                # Seldom: the values in float32, which take much more memory, tell whether they were finite.
+                if tensor.numel() and not torch.isfinite(torch.stack(torch.aminmax(tensor))).all():
+                    tensor = cast(job.reader.dequantized(name, row.shape, job.spec), dtype)
             else:
                 tensor = job.reader.stored(name)
                 tensor = cast(tensor, dtype) if row.dtype in FLOAT_DTYPES else tensor

@@ -65,8 +65,10 @@ class TensorReader:
             return assemble_packed(self.stored, name, shape, spec, dtype)
         return aligned_packed(self.source, self.flat[name], self.stored, dtype)
 
-    def dequantized(self, name: str, shape: tuple[int, ...], spec: QuantSpec) -> Tensor:
-        """The packed weight ``name`` in float32, whether or not its blocks end with its rows.
+    def dequantized(
+        self, name: str, shape: tuple[int, ...], spec: QuantSpec, dtype: torch.dtype = torch.float32
+    ) -> Tensor:
+        """The packed weight ``name`` in ``dtype``, whether or not its blocks end with its rows.
 
         Raises:
             FormatError: codes that the codebook does not have.
@@ -81,7 +83,7 @@ class TensorReader:
                 raise UnsupportedError(f"{path}: tensor {name!r}: its quant_state does not tell its shape")
             packed = flat_packed(self.source, weight, self.stored)
         try:
-            result = dequantize(packed, torch.float32)
+            result = dequantize(packed, dtype)
         except ValueError as error:
             raise FormatError(str(error)) from None
         assert result.numel() == math.prod(shape)

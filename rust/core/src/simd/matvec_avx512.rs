@@ -118,7 +118,9 @@ unsafe fn tile<const R: usize, const T: usize, const PER_BLOCK: usize>(
                     let from = codes.add(r * bytes_per_row + unit * LANES);
                     *bytes = _mm_loadu_si128(from.cast());
                     if ahead > 0 && unit.is_multiple_of(4) {
-                        _mm_prefetch::<_MM_HINT_T0>(from.wrapping_add(ahead).cast());
+                        let next = from.wrapping_add(ahead).cast();
+                        // These rows, the next and a token would not fit the first-level cache together.
+                        if T == 1 { _mm_prefetch::<_MM_HINT_T1>(next) } else { _mm_prefetch::<_MM_HINT_T0>(next) }
                     }
                 }
             }

@@ -95,6 +95,7 @@ wheel: $(VENV)/dev.stamp ## build the wheel for CPython 3.10+ on Linux x86-64 in
 bench: $(VENV)/bench.stamp $(DEMO_FILES) ## print the benchmark tables (about 15 minutes, 11 GB of free disk)
 	$(BIN)/python benchmarks/import_time.py
 	$(BIN)/python benchmarks/cpu_quantize.py
+	$(BIN)/python benchmarks/cpu_linear.py
 	$(BIN)/python benchmarks/perplexity_parity.py
 	$(BIN)/python benchmarks/stream_quantize.py
 

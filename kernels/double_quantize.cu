@@ -13,8 +13,6 @@
 #include "scale_tree.cuh"
 
 constexpr int WARPS = 16;
-constexpr float SUBNORMAL_BELOW = 1.17549435e-38f;
-constexpr float LIFT = 18446744073709551616.f;
 constexpr uint8_t ZERO_CODE = 127;
 
 // The largest float32 that still belongs to each entry of the map but the last, as a search tree: the children of node i,

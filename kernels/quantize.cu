@@ -24,8 +24,6 @@ constexpr int CELL_COPIES = 16;
 constexpr float CELLS_PER_UNIT = 15.f;
 constexpr float CELL_MAGIC = 98304.f + 16.5f;
 constexpr uint32_t CELL_MASK = 0xf80;
-constexpr float SUBNORMAL_BELOW = 1.17549435e-38f;
-constexpr float LIFT = 18446744073709551616.f;
 
 struct Cell {
     float threshold;  // infinity where the cell has none

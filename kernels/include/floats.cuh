@@ -5,6 +5,10 @@
 #include <cuda_fp16.h>
 #include <stdint.h>
 
+// Values whose largest magnitude lies below 2^-126 are first lifted by 2^64, which is exact.
+constexpr float SUBNORMAL_BELOW = 1.17549435e-38f;
+constexpr float LIFT = 18446744073709551616.f;
+
 // Weights are worked on in words: 8 neighbours, which are 4 bytes of nibble codes.
 constexpr int WORD = 8;
 

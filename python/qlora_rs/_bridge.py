@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import weakref
 from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -59,31 +60,30 @@ def quantize(weight: Tensor, spec: QuantSpec, check_finite: bool) -> tuple[Tenso
         nested = torch.empty(shapes.absmax, dtype=torch.uint8, device=device)
         scale = torch.empty(shapes.absmax_scale, dtype=torch.float32, device=device)
         offset = torch.empty(shapes.absmax_offset, dtype=torch.float32, device=device)
-    if device.type == "cuda":
-        _quantize_cuda(weight, spec, check_finite, codes, absmax, nested, scale, offset)
-    else:
-        _quantize_cpu(weight, spec, check_finite, codes, absmax, nested, scale, offset)
+    run = _quantize_cuda if device.type == "cuda" else _quantize_cpu
+    run(weight, spec, check_finite, _Quantized(codes, absmax, nested, scale, offset))
     return codes, nested, scale, offset
 
 
-def _quantize_cpu(
-    weight: Tensor,
-    spec: QuantSpec,
-    check_finite: bool,
-    codes: Tensor,
-    absmax: Tensor,
-    nested: Tensor,
-    scale: Tensor,
-    offset: Tensor,
-) -> None:
+class _Quantized(NamedTuple):
+    """What quantizing fills; without double quantization ``nested`` is ``absmax`` and the last two are empty."""
+
+    codes: Tensor
+    absmax: Tensor
+    nested: Tensor
+    scale: Tensor
+    offset: Tensor
+
+
+def _quantize_cpu(weight: Tensor, spec: QuantSpec, check_finite: bool, out: _Quantized) -> None:
     layout, threads = _layout(tuple(weight.shape)), torch.get_num_threads()
     _core.quantize(
         spec.core(),
         layout=layout,
         source=_memory(weight),
         dtype=_DTYPE_CODES[weight.dtype],
-        codes=_memory(codes),
-        absmax=_memory(absmax),
+        codes=_memory(out.codes),
+        absmax=_memory(out.absmax),
         check_finite=check_finite,
         num_threads=threads,
     )
@@ -91,38 +91,29 @@ def _quantize_cpu(
         _core.double_quantize(
             spec.core(),
             layout=layout,
-            absmax=_memory(absmax),
-            codes=_memory(nested),
-            scale=_memory(scale),
-            offset=_memory(offset),
+            absmax=_memory(out.absmax),
+            codes=_memory(out.nested),
+            scale=_memory(out.scale),
+            offset=_memory(out.offset),
             num_threads=threads,
         )
 
 
-def _quantize_cuda(
-    weight: Tensor,
-    spec: QuantSpec,
-    check_finite: bool,
-    codes: Tensor,
-    absmax: Tensor,
-    nested: Tensor,
-    scale: Tensor,
-    offset: Tensor,
-) -> None:
+def _quantize_cuda(weight: Tensor, spec: QuantSpec, check_finite: bool, out: _Quantized) -> None:
     nonfinite = torch.empty(1, dtype=torch.int32, device=weight.device) if check_finite else None
     parts = None
     if spec.double_quant:
-        sums = torch.empty_like(scale, dtype=torch.float64)
-        counts = torch.empty_like(scale, dtype=torch.int32)
-        parts = (_memory(nested), _memory(scale), _memory(offset), _memory(sums), _memory(counts))
+        sums = torch.empty_like(out.scale, dtype=torch.float64)
+        counts = torch.empty_like(out.scale, dtype=torch.int32)
+        parts = (_memory(out.nested), _memory(out.scale), _memory(out.offset), _memory(sums), _memory(counts))
     _core.cuda_quantize(
         spec.core(),
         queue=_queue(weight.device),
         layout=_layout(tuple(weight.shape)),
         source=_memory(weight),
         dtype=_DTYPE_CODES[weight.dtype],
-        codes=_memory(codes),
-        absmax=_memory(absmax),
+        codes=_memory(out.codes),
+        absmax=_memory(out.absmax),
         nested=parts,
         nonfinite=_optional(nonfinite),
     )

@@ -120,7 +120,7 @@ class Linear4bit(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """x of shape (..., in), float32, bfloat16 or float16 (under autocast its type) -> (..., out) in that type."""
-        parts = (self.weight, self.weight_absmax, self.weight_absmax_scale, self.weight_absmax_offset)
+        parts = self._parts()
         if direct.applies(x):
             product = self._product(x, parts, self.bias)
             if product is not None:
@@ -143,8 +143,10 @@ class Linear4bit(nn.Linear):
         """
         if torch.is_grad_enabled() or torch.is_autocast_enabled("cuda") or not direct.applies(x):
             return None
-        parts = (self.weight, self.weight_absmax, self.weight_absmax_scale, self.weight_absmax_offset)
-        return self._product.with_adapter(x, parts, self.bias, a, b, scaling)
+        return self._product.with_adapter(x, self._parts(), self.bias, a, b, scaling)
+
+    def _parts(self) -> direct.Parts:
+        return self.weight, self.weight_absmax, self.weight_absmax_scale, self.weight_absmax_offset
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles look their memory up anew."""

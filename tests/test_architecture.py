@@ -44,6 +44,7 @@ LAYERS = (
     {"integrations", "model"},
     {"_exports"},
     {"eval"},
+    {"pictures"},
     {"train"},
     {"cli"},
 )

@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from qlora_rs.cli.compare_types import compare_types
 from qlora_rs.cli.convert import convert
 from qlora_rs.cli.diff import diff
 from qlora_rs.cli.doctor import doctor
@@ -41,6 +42,7 @@ for _name, _function in (
     ("convert", convert),
     ("train", train),
     ("eval", evaluate),
+    ("compare-types", compare_types),
     ("generate", generate),
     ("merge", merge),
     ("doctor", doctor),

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -46,16 +44,16 @@ def evaluate(
 
         qlora-rs eval Llama-3.2-1B-nf4 article.txt --adapter adapter --max-tokens 4096 --json
     """
-    from qlora_rs.cli.loading import load_model
+    from qlora_rs.cli.loading import load_model, read_text
     from qlora_rs.eval import perplexity
 
-    content = _read_text(text)
+    content = read_text(text)
     loaded = load_model(model, adapter, dtype)
     tokens = loaded.tokenizer(content).input_ids[:max_tokens]
     if len(tokens) < 2:
         raise ValueError(f"{text}: gives {len(tokens)} token(s); at least 2 are needed")
     started = time.monotonic()
-    with _progress_tokens() as progress:
+    with output.progress_tokens("evaluating") as progress:
         result = perplexity(loaded.model, tokens, window=window, progress=progress)
     seconds = time.monotonic() - started
     if as_json:
@@ -80,36 +78,3 @@ def evaluate(
     output.print_result(f"nats/token  {result.nll:.4f}")
     output.print_result(f"tokens      {result.tokens:,} scored, in {windows}")
     output.print_result(f"seconds     {seconds:.1f} ({result.tokens / max(seconds, 1e-9):,.0f} tokens/s)")
-
-
-def _read_text(path: Path) -> str:
-    from qlora_rs.errors import FormatError
-
-    try:
-        content = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise FormatError(
-            f"{path}: is not UTF-8 text (byte {error.start} is {error.object[error.start]:#04x}); convert it first, "
-            "e.g. with iconv"
-        ) from None
-    if not content.strip():
-        raise FormatError(f"{path}: is empty")
-    return content
-
-
-@contextmanager
-def _progress_tokens() -> Iterator[Callable[[int, int], None] | None]:
-    """A bar in tokens; None where stderr is no terminal."""
-    if not output.stderr.is_terminal:
-        yield None
-        return
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=output.stderr, transient=True) as bar:
-        task = bar.add_task("evaluating", total=None)
-
-        def update(done: int, total: int) -> None:
-            bar.update(task, completed=done, total=total)
-
-        yield update

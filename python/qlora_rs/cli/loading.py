@@ -1,4 +1,4 @@
-"""A model folder, its tokenizer and an adapter, loaded for a command: packed or not, with transformers kept quiet."""
+"""What commands work with, loaded: a model folder, packed or not, its tokenizer, an adapter; texts."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def load_model(path: Path, adapter: Path | None = None, dtype: str = "auto") -> 
         read_adapter(adapter)  # what is wrong with it should be said before a large model is loaded, not after
     transformers = quiet_transformers("running a model")
     with warnings_as_messages():
-        tokenizer = _load_tokenizer(transformers, path)
+        tokenizer = load_tokenizer(transformers, path)
         if info.config is None:
             model, held = load_float(path, dtype), "not packed: used as it is, without quantizing"
         else:
@@ -66,6 +66,26 @@ def load_model(path: Path, adapter: Path | None = None, dtype: str = "auto") -> 
     with_adapter = "" if adapter is None else f", with the adapter {adapter}"
     output.message(f"{path}: {held}{with_adapter}; arithmetic in {arithmetic}")
     return LoadedModel(model, tokenizer, held)
+
+
+def read_text(path: Path) -> str:
+    """A text file in UTF-8 that is not empty.
+
+    Raises:
+        FormatError: it is something else.
+    """
+    from qlora_rs.errors import FormatError
+
+    try:
+        content = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise FormatError(
+            f"{path}: is not UTF-8 text (byte {error.start} is {error.object[error.start]:#04x}); convert it first, "
+            "e.g. with iconv"
+        ) from None
+    if not content.strip():
+        raise FormatError(f"{path}: is empty")
+    return content
 
 
 def quiet_transformers(purpose: str) -> ModuleType:
@@ -94,7 +114,12 @@ def warnings_as_messages() -> Iterator[None]:
         output.message(f"note: {text}")
 
 
-def _load_tokenizer(transformers: ModuleType, path: Path) -> Any:
+def load_tokenizer(transformers: ModuleType, path: Path) -> Any:
+    """The tokenizer of a model folder.
+
+    Raises:
+        UnsupportedError: it has none that transformers can load.
+    """
     from qlora_rs.errors import UnsupportedError, first_line
 
     try:

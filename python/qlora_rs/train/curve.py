@@ -6,15 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from qlora_rs.checkpoint.folder import replacing
-from qlora_rs.errors import require_extra
+from qlora_rs.pictures.canvas import new_figure, save_png
 
 CURVE_FILE = "loss.png"
-
-
-def require_matplotlib() -> None:
-    """Raise UnsupportedError if no curve can be drawn; to be asked before the work, not after it."""
-    require_extra("matplotlib.figure", "train", "drawing the loss curve")
+EXTRA, PURPOSE = "train", "drawing the loss curve"
 
 
 def draw_curve(entries: Sequence[dict[str, Any]], path: Path, title: str) -> None:
@@ -25,14 +20,10 @@ def draw_curve(entries: Sequence[dict[str, Any]], path: Path, title: str) -> Non
         path: PNG file; replaced when the new one is whole.
         title: what was trained.
     """
-    figure_module = require_extra("matplotlib.figure", "train", "drawing the loss curve")
-    backend = require_extra("matplotlib.backends.backend_agg", "train", "drawing the loss curve")
+    figure = new_figure(8, 4.5, EXTRA, PURPOSE)
+    axes = figure.add_subplot()
     steps = [(entry["step"], entry["loss"]) for entry in entries if "loss" in entry]
     held_out = [(entry["step"], entry["eval_loss"]) for entry in entries if "eval_loss" in entry]
-    # Not through pyplot: it keeps figures and a backend for the whole process.
-    figure = figure_module.Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
-    backend.FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
     if steps:
         numbers, losses = zip(*steps, strict=True)
         window = max(1, len(losses) // 20)
@@ -60,8 +51,7 @@ def draw_curve(entries: Sequence[dict[str, Any]], path: Path, title: str) -> Non
     axes.grid(alpha=0.3)
     if steps or held_out:
         axes.legend()
-    with replacing(path) as (partial,):
-        figure.savefig(partial, format="png")
+    save_png(figure, path)
 
 
 def _running_mean(values: Sequence[float], window: int) -> list[float]:

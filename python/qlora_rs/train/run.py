@@ -10,7 +10,8 @@ from typing import Any
 from qlora_rs.checkpoint.source import find_quantization_config, read_config, require_folder
 from qlora_rs.errors import FormatError, UnsupportedError, require_extra
 from qlora_rs.lora import AttachReport, attach_lora
-from qlora_rs.train.curve import require_matplotlib
+from qlora_rs.pictures.canvas import require_matplotlib
+from qlora_rs.train.curve import EXTRA, PURPOSE
 from qlora_rs.train.dataset import Dataset, make_dataset
 from qlora_rs.train.encoding import Encoder, load_tokenizer, pad_token
 from qlora_rs.train.folder import FILES, check_output, claimed
@@ -49,7 +50,7 @@ def train(
     """
     callbacks = Callbacks(on_step, on_message)
     require_extra("transformers", "train", "training")
-    require_matplotlib()
+    require_matplotlib(EXTRA, PURPOSE)
     require_folder(options.model)
     config = read_config(options.model)
     check_output(options)

@@ -69,3 +69,41 @@ def test_help_teaches_with_an_example(command):
     code, out, _ = command("inspect", "--help")
     assert code == 0
     assert "qlora-rs inspect Llama-3.2-1B-nf4" in out
+
+
+def test_a_source_measures_errors(command, packed):
+    code, out, _ = command("inspect", packed, "--source", packed.parent / "source")
+    assert code == 0
+    words = {line.split()[0]: line for line in out.splitlines() if line}
+    assert words["error"].split()[1] == "0.0000"  # weights of ones are packed without an error
+    assert "bits are information" in words["codes"]
+
+
+def test_a_report_is_written_and_its_figures_are_in_the_json(command, packed, tmp_path):
+    for name in ("report.html", "report.png"):
+        outcome = command("inspect", packed, "--report", tmp_path / name, "--json")
+        assert outcome.code == 0, outcome.err
+        document = json.loads(outcome.out)
+        assert document["analysis"]["source"] is None
+        assert len(document["analysis"]["weights"]) == 30
+        assert (tmp_path / name).stat().st_size > 10_000
+        assert f"report written to {tmp_path / name}" in outcome.err_words
+    assert (tmp_path / "report.html").read_text().startswith("<!DOCTYPE html>")
+    assert (tmp_path / "report.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("path", "name", "message"),
+    [
+        ("packed", "report.pdf", ".html page or a .png picture"),
+        ("packed", "absent/report.html", "no such folder"),
+        ("source", "report.html", "is not packed"),
+        ("packed", "folder.png", "is a folder"),
+    ],
+)
+def test_reports_that_cannot_be_made_are_exit_code_2(command, packed, tmp_path, path, name, message):
+    (tmp_path / "folder.png").mkdir()
+    code, out, err = command("inspect", packed.parent / path, "--report", tmp_path / name)
+    assert (code, out) == (2, "")
+    assert message in " ".join(err.split())
+    assert not (tmp_path / name).is_file()

@@ -126,6 +126,14 @@ def packed_values(reader: SliceReader, row: TensorRow, spec: QuantSpec, first: i
     Raises:
         FormatError: a code lies outside the codebook, or a file changed since its header was read.
     """
+    try:
+        return dequantize(packed_slice(reader, row, spec, first, count)).flatten()
+    except ValueError as error:
+        raise FormatError(f"{reader.source.path / row.file}: {row.name}: {error}") from None
+
+
+def packed_slice(reader: SliceReader, row: TensorRow, spec: QuantSpec, first: int, count: int) -> PackedTensor:
+    """The same elements as they are packed: whole rows of one expert, from a native file."""
     _, rows, columns = matrices(row.shape)
     expert, start = divmod(first // columns, rows)
     taken, blocks = count // columns, -(-columns // spec.block_size)
@@ -145,11 +153,25 @@ def packed_values(reader: SliceReader, row: TensorRow, spec: QuantSpec, first: i
         offset = part("_absmax_offset", expert, 1, 4).view(torch.float32)
     else:
         absmax = part("_absmax", above * blocks, taken * blocks, 4).view(torch.float32)
-    packed = PackedTensor(codes, absmax.view(taken, blocks), scale, offset, spec, (taken, columns), torch.float32)
-    try:
-        return dequantize(packed).flatten()
-    except ValueError as error:
-        raise FormatError(f"{reader.source.path / row.file}: {row.name}: {error}") from None
+    return PackedTensor(codes, absmax.view(taken, blocks), scale, offset, spec, (taken, columns), torch.float32)
+
+
+def sliced_rows(packed: PackedTensor, first: int, count: int) -> PackedTensor:
+    """The same elements of a whole packed weight; views of its memory."""
+    _, rows, columns = matrices(packed.shape)
+    expert, start = divmod(first // columns, rows)
+    taken, spec = count // columns, packed.spec
+    whole = slice(expert * rows + start, expert * rows + start + taken)
+    codes = packed.codes.reshape(-1, packed.codes.shape[-1])[whole]
+    absmax = packed.absmax.reshape(-1, packed.absmax.shape[-1])[whole]
+    scale = offset = None
+    if packed.absmax_scale is not None and packed.absmax_offset is not None:
+        blocks = absmax.shape[-1]
+        group = start * blocks // NESTED_BLOCK_SIZE
+        scales = packed.absmax_scale.reshape(-1, -(-rows * blocks // NESTED_BLOCK_SIZE))[expert]
+        scale = scales[group : group + -(-taken * blocks // NESTED_BLOCK_SIZE)]
+        offset = packed.absmax_offset.reshape(-1)[expert : expert + 1]
+    return PackedTensor(codes, absmax, scale, offset, spec, (taken, columns), packed.dtype)
 
 
 def count_differing(a: Tensor, b: Tensor, bits: int) -> int:

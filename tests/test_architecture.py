@@ -53,6 +53,7 @@ CRATE_MAY_USE = {
     "qlora-core": set(),
     "qlora-checkpoint": {"qlora-core"},
     "qlora-cuda": {"qlora-core"},
+    "qlora-paging": set(),
     "qlora-py": {"qlora-core", "qlora-checkpoint", "qlora-cuda"},
 }
 
@@ -197,6 +198,10 @@ def test_core_depends_on_four_small_crates_and_nothing_more() -> None:
     assert set(cargo_manifest("core")["dependencies"]) <= {"half", "bytemuck", "rayon", "thiserror"}
 
 
+def test_paging_knows_no_device_and_no_framework() -> None:
+    assert set(cargo_manifest("paging")["dependencies"]) <= {"rustix", "thiserror"}
+
+
 @pytest.mark.parametrize(("dependency", "home"), [("pyo3", "py"), ("cudarc", "cuda")])
 def test_pyo3_and_cudarc_stay_in_their_crates(dependency: str, home: str) -> None:
     for crate in crates():
@@ -209,13 +214,14 @@ def test_pyo3_and_cudarc_stay_in_their_crates(dependency: str, home: str) -> Non
             assert not [n for n, line in code_lines(path) if f"{dependency}::" in line], path
 
 
-def test_core_is_unsafe_only_in_simd() -> None:
+@pytest.mark.parametrize(("crate", "home"), [("core", "simd"), ("paging", "host.rs")])
+def test_core_and_paging_are_unsafe_in_one_place_only(crate: str, home: str) -> None:
     word = re.compile(r"\bunsafe\b")
-    source = RUST / "core" / "src"
+    source = RUST / crate / "src"
     wrong = [
         f"{path.relative_to(ROOT)}:{number}"
         for path in sorted(source.rglob("*.rs"))
-        if path.relative_to(source).parts[0] != "simd"
+        if path.relative_to(source).parts[0] != home
         for number, line in code_lines(path)
         if word.search(line)
     ]

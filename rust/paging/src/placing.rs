@@ -1,0 +1,286 @@
+//! How a buffer gets into frames: which run of them it takes, who has to leave for it, and what waits for what.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use crate::backend::{Backend, Lane};
+use crate::buffer::{BufferId, runs};
+use crate::error::PagingError;
+use crate::frames::{End, Frame, Guard, Price, cheapest};
+use crate::pool::Pool;
+
+/// Whom a buffer that is fetched may push out. Acquired buffers stay in any case.
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum Rule<'a> {
+    /// It is needed now: anybody.
+    Demand,
+    /// It is used in so many uses from now: only who is used later than that.
+    Ahead(usize),
+    /// The caller asked for it: not those that were asked for before it, nor, where the order is known, who is used
+    /// before it.
+    Wish(&'a [BufferId]),
+}
+
+impl<B: Backend> Pool<B> {
+    /// Bring all pages of a buffer into frames in a row; false where the rule leaves no room.
+    pub(crate) fn fetch(&mut self, id: BufferId, rule: Rule<'_>) -> Result<bool, PagingError<B::Error>> {
+        let mut refused = None;
+        let start = loop {
+            match (self.choose(id, rule), refused) {
+                (Some(start), _) => match self.commit_run(start, self.buffer(id)?.pages.len()) {
+                    Ok(()) => break start,
+                    // Those frames are now withheld: others, which hold memory already, may serve.
+                    Err(error) => refused = Some(error),
+                },
+                (None, Some(error)) if matches!(rule, Rule::Demand) => return Err(error.into()),
+                (None, _) => return Ok(false),
+            }
+        };
+        let base = self.buffer(id)?.base;
+        let count = self.buffer(id)?.pages.len();
+        let mut leaving: BTreeMap<BufferId, Vec<usize>> = BTreeMap::new();
+        for offset in 0..count {
+            if let Frame::Owned(owner, page) = self.frames[(start + offset) % self.frames.len()]
+                && owner != id
+            {
+                leaving.entry(owner).or_default().push(page);
+            }
+        }
+        if base.is_some_and(|base| base != start) {
+            leaving.insert(id, self.buffer(id)?.pages_where(|page| page.resident));
+        }
+        for (owner, mut pages) in leaving {
+            // A run that passes the end of the ring may meet a buffer's last pages before its first ones.
+            pages.sort_unstable();
+            self.counts.evicted_pages += pages.len() as u64;
+            self.vacate(owner, &pages)?;
+        }
+        self.fill(id, start)?;
+        Ok(true)
+    }
+
+    /// The frame from which on taking frames for this buffer costs least.
+    fn choose(&self, id: BufferId, rule: Rule<'_>) -> Option<usize> {
+        let buffer = self.buffers.get(&id)?;
+        let pages = buffer.pages.len();
+        let largest = self.buffers.values().map(|other| other.pages.len()).max()?;
+        let end = if 2 * pages > largest { End::Low } else { End::High };
+        let prices = self.prices(id, rule);
+        let key = |price: Price| (price.weight, price.dirty, price.evicted);
+        let anywhere = cheapest(&prices, pages, end, key);
+        let Some(base) = buffer.base else { return anywhere.map(|(start, _)| start) };
+        // Where some of its pages are still in place, only the others have to be fetched.
+        let refetched = Price::of_refetching(buffer.pages_where(|page| page.resident).len());
+        let in_place = (0..pages)
+            .map(|offset| prices[(base + offset) % prices.len()])
+            .try_fold(Price::default(), |sum, price| Some(sum + price?));
+        match (in_place, anywhere) {
+            (Some(stay), Some((start, price))) => Some(if key(stay) <= key(price + refetched) { base } else { start }),
+            (Some(_), None) => Some(base),
+            (None, anywhere) => anywhere.map(|(start, _)| start),
+        }
+    }
+
+    /// Of each frame, for a buffer that is to be placed.
+    pub(crate) fn prices(&self, id: BufferId, rule: Rule<'_>) -> Vec<Option<Price>> {
+        let own_use = self.trace.next_use(id);
+        let mut last: Option<(BufferId, Option<usize>)> = None;
+        let mut price = |frame: &Frame<B::Event>| match *frame {
+            Frame::Withheld => None,
+            Frame::Free(_) => Some(Price::default()),
+            Frame::Owned(owner, _) if owner == id => Some(Price::default()),
+            Frame::Owned(owner, page) => {
+                let next_use = match last {
+                    Some((same, known)) if same == owner => known,
+                    _ => self.movable(owner, rule, own_use),
+                };
+                last = Some((owner, next_use));
+                let dirty = self.buffers.get(&owner).is_some_and(|buffer| buffer.pages[page].dirty);
+                next_use.map(|next_use| Price::of_page(next_use, dirty))
+            }
+        };
+        self.frames.iter().map(&mut price).collect()
+    }
+
+    /// In how many uses a buffer that may be pushed out is used next; `None` where it may not.
+    fn movable(&self, id: BufferId, rule: Rule<'_>, own_use: Option<usize>) -> Option<usize> {
+        let buffer = self.buffers.get(&id).filter(|buffer| !buffer.is_held())?;
+        let next_use = self.next_use(id, buffer.last_use);
+        let stays = match rule {
+            Rule::Demand => false,
+            Rule::Ahead(ahead) => next_use <= ahead,
+            Rule::Wish(before) => before.contains(&id) || own_use.is_some_and(|own| next_use <= own),
+        };
+        (!stays).then_some(next_use)
+    }
+
+    /// In how many uses a buffer is used next, `usize::MAX` being never as far as is known. While the order is unknown,
+    /// how long ago it was used stands for that.
+    fn next_use(&self, id: BufferId, last_use: u64) -> usize {
+        match self.trace.period() {
+            Some(_) => self.trace.next_use(id).unwrap_or(usize::MAX),
+            None => (self.clock - last_use) as usize + 1,
+        }
+    }
+
+    /// Memory for a run of frames; where there is none, the frames that lack it are withheld.
+    fn commit_run(&mut self, start: usize, count: usize) -> Result<(), B::Error> {
+        let frames = self.frames.len();
+        let mut missing: Vec<usize> =
+            (start..start + count).map(|frame| frame % frames).filter(|&frame| !self.committed[frame]).collect();
+        missing.sort_unstable();
+        for run in runs(&missing) {
+            if self.backend.commit(run.start, run.len()).is_ok() {
+                self.committed[run].fill(true);
+                continue;
+            }
+            // There may be memory for some of them.
+            for frame in run.clone() {
+                if let Err(error) = self.backend.commit(frame, 1) {
+                    self.frames[frame..run.end].fill_with(|| Frame::Withheld);
+                    return Err(error);
+                }
+                self.committed[frame] = true;
+            }
+        }
+        Ok(())
+    }
+
+    /// Queue copies of pages, ascending, to the buffer's home.
+    pub(crate) fn write_back(&mut self, id: BufferId, pages: &[usize]) -> Result<(), PagingError<B::Error>> {
+        let (frames, page_bytes) = (self.frames.len(), self.backend.page_bytes());
+        let Self { backend, buffers, counts, last_out, .. } = self;
+        let buffer = buffers.get_mut(&id).ok_or(PagingError::Freed(id.0))?;
+        let Some(base) = buffer.base.filter(|_| !pages.is_empty()) else { return Ok(()) };
+        // Whoever wrote a dirty page had waited for its fetch, and so for all that was on the way in before.
+        for (_, event) in &buffer.uses {
+            backend.wait(Lane::Out, event)?;
+        }
+        for run in runs(pages) {
+            let (place, bytes) = buffer.stretch(&run, page_bytes);
+            backend.copy_out((base + run.start) % frames, place, bytes)?;
+            counts.bytes_out += bytes as u64;
+        }
+        let event = backend.record(Lane::Out)?;
+        for &page in pages {
+            buffer.pages[page].dirty = false;
+            buffer.pages[page].stored = true;
+        }
+        buffer.written_back = Some(event.clone());
+        *last_out = Some(event);
+        Ok(())
+    }
+
+    /// Take resident pages, ascending, of a buffer that nobody holds out of their frames; dirty ones are written back.
+    pub(crate) fn vacate(&mut self, id: BufferId, pages: &[usize]) -> Result<(), PagingError<B::Error>> {
+        let dirty: Vec<usize> = {
+            let buffer = self.buffer(id)?;
+            pages.iter().copied().filter(|&page| buffer.pages[page].dirty).collect()
+        };
+        self.write_back(id, &dirty)?;
+        let frames = self.frames.len();
+        let Self { buffers, frames: ring, .. } = self;
+        let buffer = buffers.get_mut(&id).ok_or(PagingError::Freed(id.0))?;
+        let Some(base) = buffer.base else { return Ok(()) };
+        let guard: Guard<B::Event> = buffer.frame_guard().into();
+        for &page in pages {
+            ring[(base + page) % frames] = Frame::Free(Some(Arc::clone(&guard)));
+            buffer.pages[page].resident = false;
+        }
+        if !buffer.pages.iter().any(|page| page.resident) {
+            // What was done in those frames is in their guard, and in the home if it was written. (The last fetch may
+            // still be reading the home.)
+            buffer.base = None;
+            buffer.uses.clear();
+            buffer.write = None;
+        }
+        Ok(())
+    }
+
+    /// Put the missing pages of a buffer into their frames, which are free and have memory.
+    fn fill(&mut self, id: BufferId, start: usize) -> Result<(), PagingError<B::Error>> {
+        let (count, page_bytes) = (self.frames.len(), self.backend.page_bytes());
+        let Self { backend, buffers, frames, counts, last_in, clock, .. } = self;
+        let buffer = buffers.get_mut(&id).ok_or(PagingError::Freed(id.0))?;
+        let missing = buffer.pages_where(|page| !page.resident);
+        let mut guards: Vec<Guard<B::Event>> = Vec::new();
+        for page in &missing {
+            let frame = &mut frames[(start + page) % count];
+            if let Frame::Free(Some(guard)) = std::mem::replace(frame, Frame::Owned(id, *page))
+                && !guards.iter().any(|known| Arc::ptr_eq(known, &guard))
+            {
+                guards.push(guard);
+            }
+        }
+        for event in guards.iter().flat_map(|guard| guard.iter()).chain(&buffer.written_back) {
+            backend.wait(Lane::In, event)?;
+        }
+        let (stored, blank): (Vec<_>, Vec<_>) = missing.iter().partition(|&&page| buffer.pages[page].stored);
+        for run in runs(&stored) {
+            let (place, bytes) = buffer.stretch(&run, page_bytes);
+            backend.copy_in(place, (start + run.start) % count, bytes)?;
+            counts.bytes_in += bytes as u64;
+        }
+        for run in runs(&blank) {
+            let (_, bytes) = buffer.stretch(&run, page_bytes);
+            backend.zero((start + run.start) % count, bytes)?;
+        }
+        let event = backend.record(Lane::In)?;
+        for &page in &missing {
+            buffer.pages[page].resident = true;
+        }
+        buffer.base = Some(start);
+        buffer.last_use = *clock;
+        buffer.fetched = Some((event.clone(), Vec::new()));
+        *last_in = Some(event);
+        Ok(())
+    }
+
+    /// So many frames with memory that are missed least, in a row if possible: what stays should not be cut up.
+    pub(crate) fn least_needed(&self, wish: usize) -> Vec<usize> {
+        let mut prices = self.prices(BufferId(u64::MAX), Rule::Demand);
+        for (price, &committed) in prices.iter_mut().zip(&self.committed) {
+            *price = price.filter(|_| committed);
+        }
+        let key = |price: Price| (price.dirty, price.weight, price.evicted);
+        if let Some((start, _)) = cheapest(&prices, wish, End::High, key) {
+            return (start..start + wish).map(|frame| frame % prices.len()).collect();
+        }
+        let mut possible: Vec<_> =
+            prices.iter().enumerate().filter_map(|(frame, price)| price.map(|price| (key(price), frame))).collect();
+        possible.sort_unstable();
+        possible.into_iter().take(wish).map(|(_, frame)| frame).collect()
+    }
+
+    /// Give the memory of these frames back to the device, once their last uses have passed.
+    pub(crate) fn withhold(&mut self, chosen: &[usize]) -> Result<(), PagingError<B::Error>> {
+        let mut leaving: BTreeMap<BufferId, Vec<usize>> = BTreeMap::new();
+        for &frame in chosen {
+            if let Frame::Owned(owner, page) = self.frames[frame] {
+                leaving.entry(owner).or_default().push(page);
+            }
+        }
+        for (owner, mut pages) in leaving {
+            pages.sort_unstable();
+            self.counts.evicted_pages += pages.len() as u64;
+            self.vacate(owner, &pages)?;
+        }
+        if let Some(event) = &self.last_in {
+            self.backend.synchronize(event)?;
+        }
+        let mut chosen = chosen.to_vec();
+        chosen.sort_unstable();
+        for run in runs(&chosen) {
+            for frame in run.clone() {
+                if let Frame::Free(Some(guard)) = std::mem::replace(&mut self.frames[frame], Frame::Withheld) {
+                    for event in guard.iter() {
+                        self.backend.synchronize(event)?;
+                    }
+                }
+            }
+            self.backend.decommit(run.start, run.len())?;
+            self.committed[run].fill(false);
+        }
+        Ok(())
+    }
+}

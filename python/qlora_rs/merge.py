@@ -15,6 +15,7 @@ from qlora_rs.adapter_merge import MergedLayer, MergeReport, check_dtype, merge_
 from qlora_rs.adapters import adapter_delta, read_adapter
 from qlora_rs.checkpoint import CheckpointInfo, inspect
 from qlora_rs.checkpoint.choice import FLOAT_DTYPES
+from qlora_rs.checkpoint.dequantized import READERS, open_float_source
 from qlora_rs.checkpoint.folder import resolve_destination
 from qlora_rs.checkpoint.plain import cast, plain_config, plan_plain
 from qlora_rs.checkpoint.progress import ByteCounter, Progress
@@ -85,7 +86,8 @@ def merge(
     time: memory does not grow with the model. ``destination`` is absent or whole at any time.
 
     Args:
-        model: a packed model folder. One in 16 bits is taken too: the adapter is then added to its weights.
+        model: a packed model folder. One in 16 bits is taken too, and one that GPTQ, AWQ or compressed-tensors
+            quantized: the adapter is then added to its weights.
         adapter: a folder with PEFT's two files.
         destination: the folder to make.
         dtype: of the merged model: bfloat16, float16 or float32.
@@ -114,7 +116,7 @@ def merge(
     base_path = None if base is None else Path(base)
     require_folder(model_path)
     info = inspect(model_path)
-    source = open_source(model_path)
+    source = open_float_source(model_path) if info.schemes else open_source(model_path)
     notes = _check_model(info, base_path)
     config, pairs = read_adapter(adapter_path)
     adapted = _adapted_tensors(info, source, adapter_path, pairs)
@@ -128,7 +130,7 @@ def merge(
     merger = _Merger(info, TensorReader(source), read_base, config, adapted, dtype, counter)
     plan = ModelPlan(shards, merger.tensor, plain_config(source.config, dtype))
     left_out = write_model(source, target, plan, overwrite=overwrite, notes=notes)
-    described = "its 16-bit weights" if info.spec is None else "the dequantized base"
+    described = "its 16-bit weights" if info.format == "float" else "the dequantized base"
     order = {row.name: number for number, row in enumerate(info.tensors)}
     return FolderMergeReport(
         layers=tuple(row for _, row in sorted(merger.layers.items(), key=lambda item: order[item[0]])),
@@ -166,7 +168,8 @@ class _Merger:
         try:
             result = self._make(name)
         except FormatError as error:
-            raise FormatError(f"{Path(self.info.path) / row.file}: {name}: {error}") from None
+            place = str(Path(self.info.path) / row.file)
+            raise FormatError(str(error) if str(error).startswith(place) else f"{place}: {name}: {error}") from None
         self.counter.add(row.bytes)
         return result
 
@@ -192,18 +195,28 @@ class _Merger:
         return merged
 
     def _dequantized(self, name: str) -> Tensor:
+        if name in self.reader.source.foreign:
+            return self.reader.stored(name)
         assert self.info.spec is not None
         return self.reader.dequantized(name, self.rows[name].shape, self.info.spec)
 
 
 def _check_model(info: CheckpointInfo, base: Path | None) -> list[str]:
-    if info.spec is None and info.format != "float":
-        raise UnsupportedError(
-            f"{info.path}: is quantized by {info.format!r}; packed models of this library merge, and those of "
-            "bitsandbytes in 4 bits"
-        )
     if info.spec is not None:
         return []
+    if info.schemes:
+        if base is not None:
+            raise ValueError(f"{info.path} is quantized by {info.format!r}, which records no other base to merge over")
+        return [
+            f"{info.path} is quantized by {info.format!r}: if the adapter was trained over weights that were packed "
+            "from it, these are not quite its base"
+        ]
+    if info.format != "float":
+        raise UnsupportedError(
+            info.unread
+            or f"{info.path}: is quantized by {info.format!r}; packed models of this library merge, and those of "
+            f"bitsandbytes in 4 bits, {', '.join(READERS)}"
+        )
     if base is not None:
         raise ValueError(f"{info.path} is in 16 or 32 bits itself: there is no other base to merge over")
     return [f"{info.path} is not packed: if the adapter was trained over packed weights, these are not quite its base"]

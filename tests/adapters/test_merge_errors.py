@@ -78,10 +78,10 @@ def test_an_adapter_of_another_model_is_refused(adapter, make_tiny_llama, tmp_pa
 
 
 def test_another_librarys_format_is_refused(packed, adapter, tmp_path) -> None:
-    shutil.copytree(packed, tmp_path / "gptq")
-    edit_config(tmp_path / "gptq", quantization_config={"quant_method": "gptq"})
-    with pytest.raises(UnsupportedError, match="'gptq'"):
-        merge(tmp_path / "gptq", adapter, tmp_path / "merged")
+    shutil.copytree(packed, tmp_path / "hqq")
+    edit_config(tmp_path / "hqq", quantization_config={"quant_method": "hqq"})
+    with pytest.raises(UnsupportedError, match="'hqq'"):
+        merge(tmp_path / "hqq", adapter, tmp_path / "merged")
 
 
 @pytest.mark.parametrize("place", ["model", "model/in", "adapter", "adapter/in", "base/in", "."])

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from qlora_rs import _core
+from qlora_rs.checkpoint.dequantized import open_float_source
 from qlora_rs.checkpoint.figures import (
     OUTLIER_RATIO,
     Analysis,
@@ -30,7 +31,7 @@ from qlora_rs.checkpoint.slices import (
     packed_slice,
     sliced_rows,
 )
-from qlora_rs.checkpoint.source import Source, find_quantization_config, open_source, require_folder
+from qlora_rs.checkpoint.source import Source, open_source, require_folder
 from qlora_rs.checkpoint.weights import TensorReader, stored_name
 from qlora_rs.errors import FormatError, UnsupportedError
 from qlora_rs.packed import NESTED_BLOCK_SIZE, PackedTensor
@@ -72,7 +73,7 @@ def analyze(
     with ExitStack() as files:
         packed_source = open_source(packed_path)
         slices = _slices(info, packed_source, spec, files)
-        original = None if source is None else files.enter_context(SliceReader(_open_float(Path(source))))
+        original = None if source is None else files.enter_context(SliceReader(open_float_source(Path(source))))
         names = {} if original is None else _source_names(info, original.source)
         counter = ByteCounter(progress, sum(row.bytes for row in info.packed))
         outliers: list[OutlierBlock] = []
@@ -135,17 +136,6 @@ def _slices(info: CheckpointInfo, source: Source, spec: QuantSpec, files: ExitSt
         return lambda first, count: sliced_rows(whole, first, count)
 
     return of_mapped
-
-
-def _open_float(path: Path) -> Source:
-    source = open_source(path)
-    config = find_quantization_config(source.config)
-    if config is not None:
-        raise UnsupportedError(
-            f"{path}: is quantized (quant_method {config.get('quant_method')!r}); "
-            "give the 16-bit model that the packed one was made from"
-        )
-    return source
 
 
 def _source_names(info: CheckpointInfo, source: Source) -> dict[str, str]:

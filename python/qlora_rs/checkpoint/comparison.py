@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from qlora_rs.checkpoint.dequantized import open_float_source
 from qlora_rs.checkpoint.differences import DiffReport, TensorDiff
 from qlora_rs.checkpoint.inspection import CheckpointInfo, TensorRow, inspect
 from qlora_rs.checkpoint.progress import ByteCounter, Progress
@@ -38,7 +39,8 @@ def diff(a: str | os.PathLike[str], b: str | os.PathLike[str], *, progress: Prog
 
     Tensors that are stored alike are compared byte for byte: codes and scales of packed weights, bytes of the others.
     Where they differ, and where they are stored in different ways, so are the values that they stand for: packed ones
-    dequantized to float32, all compared in float64. Tensors pass through in slices.
+    dequantized to float32, all compared in float64. Weights of GPTQ, AWQ and compressed-tensors are compared as the
+    floats that those libraries make of them. Tensors pass through in slices.
 
     Args:
         a: a model folder; relative errors are relative to its values.
@@ -48,7 +50,7 @@ def diff(a: str | os.PathLike[str], b: str | os.PathLike[str], *, progress: Prog
     Raises:
         FileNotFoundError, NotADirectoryError: there is no such folder.
         FormatError: a file is damaged.
-        UnsupportedError: one folder is quantized by another library and the other one is not by the same.
+        UnsupportedError: one folder is quantized in a way that is not read, and the other is not by the same library.
         OSError: the system failed, with the file's name.
 
     >>> report = diff("SmolLM2-135M", "SmolLM2-135M-nf4")  # doctest: +SKIP
@@ -59,14 +61,16 @@ def diff(a: str | os.PathLike[str], b: str | os.PathLike[str], *, progress: Prog
     for path in paths:
         require_folder(path)
     infos = inspect(paths[0]), inspect(paths[1])
-    foreign = [info for info in infos if info.format not in NATIVE]
+    foreign = [info for info in infos if info.format not in NATIVE and not info.schemes]
     if foreign and infos[0].format != infos[1].format:
         raise UnsupportedError(
             f"{foreign[0].path}: is quantized by {foreign[0].format!r}; it can be compared with its like only"
         )
-    counter = ByteCounter(progress, sum(info.total_bytes for info in infos))
-    with SliceReader(open_source(paths[0])) as reader_a, SliceReader(open_source(paths[1])) as reader_b:
+    opens = [open_float_source if info.schemes else open_source for info in infos]
+    sources = [open_folder(path) for open_folder, path in zip(opens, paths, strict=True)]
+    with SliceReader(sources[0]) as reader_a, SliceReader(sources[1]) as reader_b:
         sides = _Side.of(infos[0], reader_a), _Side.of(infos[1], reader_b)
+        counter = ByteCounter(progress, sum(row.bytes for side in sides for row in side.rows.values()))
         names = [*sides[0].rows, *(name for name in sides[1].rows if name not in sides[0].rows)]
         tensors = tuple(_compare(name, *sides, counter) for name in names)
     formats, specs = [info.format for info in infos], [side.spec for side in sides]

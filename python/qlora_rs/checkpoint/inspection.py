@@ -10,7 +10,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from qlora_rs.checkpoint.dequantized import read_foreign
 from qlora_rs.checkpoint.flat import FlatWeight, is_flat, read_flat_weights
+from qlora_rs.checkpoint.foreign import ForeignWeight
 from qlora_rs.checkpoint.source import (
     CONFIG,
     Source,
@@ -23,7 +25,7 @@ from qlora_rs.checkpoint.source import (
     read_file,
 )
 from qlora_rs.checkpoint.weights import TensorReader
-from qlora_rs.errors import FormatError
+from qlora_rs.errors import FormatError, UnsupportedError
 from qlora_rs.packed import PackedShapes
 from qlora_rs.spec import QuantSpec
 
@@ -68,9 +70,11 @@ class CheckpointInfo:
     Attributes:
         path: the folder or file.
         format: ``"qlora_rs"`` (native packed), ``"float"`` (not quantized), or the ``quant_method`` of
-            another library, whose tensors are then listed as they are stored (those of bitsandbytes in 4 bits: as
-            the weights that they make up).
+            another library, whose tensors are then listed as the weights that they make up where the format is read
+            here, else as they are stored.
         spec: how packed tensors are quantized; None unless all of them are quantized in one way that is known here.
+        schemes: how the weights of a format that is read here, but not computed with, are quantized: each way once.
+        unread: why the weights of another library's format are not read.
         tensors: in the order of files and data.
         files: the safetensors files.
         source_sha256: hashes of the files that a packed checkpoint was made from.
@@ -84,6 +88,8 @@ class CheckpointInfo:
     files: tuple[str, ...]
     source_sha256: dict[str, str]
     config: dict[str, Any] | None
+    schemes: tuple[str, ...] = ()
+    unread: str | None = None
 
     @property
     def packed(self) -> tuple[TensorRow, ...]:
@@ -106,6 +112,8 @@ class CheckpointInfo:
             "path": self.path,
             "format": self.format,
             "spec": None if self.spec is None else self.spec.to_config(),
+            "schemes": list(self.schemes),
+            "unread": self.unread,
             "files": list(self.files),
             "parameters": self.parameters,
             "total_bytes": self.total_bytes,
@@ -121,8 +129,9 @@ class CheckpointInfo:
 
 
 def inspect(path: str | os.PathLike[str]) -> CheckpointInfo:
-    """Read what a model folder, or a single ``.safetensors`` file, holds. Only headers are read, and of bitsandbytes'
-    files the few bytes a weight that say how it is quantized.
+    """Read what a model folder, or a single ``.safetensors`` file, holds.
+
+    Only headers are read, and of other libraries' files the few bytes a weight that say how it is quantized.
 
     A single file is understood as packed only with the ``config.json`` beside it.
 
@@ -134,22 +143,60 @@ def inspect(path: str | os.PathLike[str]) -> CheckpointInfo:
     QuantSpec(quant_type='nf4', block_size=64, double_quant=True, codebook=None)
     """
     where = Path(path)
-    source = _open_file(where) if where.is_file() else open_source(where)
+    return inspect_source(_open_file(where) if where.is_file() else open_source(where), where)
+
+
+def inspect_source(source: Source, where: Path | None = None) -> CheckpointInfo:
+    """What an opened folder holds; ``where`` is the single file that was opened in place of it."""
+    where = source.path if where is None else where
     config = find_quantization_config(source.config)
     method = str(config.get("quant_method", "unknown")) if config is not None else "float"
-    spec = None
+    spec = unread = None
     hashes: dict[str, str] = {}
     if config is not None and method == "qlora_rs":
         check_format_version(config.get("format_version"), str(source.path / CONFIG))
         spec = QuantSpec.from_config(config)
         hashes = _source_hashes(source)
-    flat: dict[str, FlatWeight] = {}
+    weights: dict[str, _Weight] = {}
+    whole = not where.is_file()
     if is_flat(config):
-        flat = read_flat_weights(source, TensorReader(source).stored, whole=not where.is_file())
+        flat = read_flat_weights(source, TensorReader(source).stored, whole=whole)
         specs = {weight.spec for weight in flat.values()}
         spec = specs.pop() if len(specs) == 1 else None
-    rows = _flat_rows(source, flat) if flat else _rows(source, spec)
-    return CheckpointInfo(str(where), method, spec, rows, source.files, hashes, config)
+        weights = {name: _Weight.of_flat(source, weight) for name, weight in flat.items()}
+    schemes: dict[str, None] = {}
+    if config is not None:
+        try:
+            for weight in (read_foreign(source, config, whole=whole) or {}).values():
+                weights[weight.codes.name] = _Weight.of_foreign(weight)
+                schemes[weight.scheme] = None
+        except UnsupportedError as error:
+            unread = str(error)
+    rows = _weight_rows(source, weights) if weights else _rows(source, spec)
+    return CheckpointInfo(
+        str(where), method, spec, rows, source.files, hashes, config, schemes=tuple(schemes), unread=unread
+    )
+
+
+@dataclass(frozen=True)
+class _Weight:
+    """A weight that several stored tensors make up: what it is called, how, and their names."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    nbytes: int
+    parts: frozenset[str]
+
+    @classmethod
+    def of_flat(cls, source: Source, weight: FlatWeight) -> _Weight:
+        shape = (2 * source.tensors[weight.name].nbytes,) if weight.shape is None else weight.shape
+        return cls(weight.name, weight.spec.quant_type, shape, weight.nbytes, frozenset(weight.parts))
+
+    @classmethod
+    def of_foreign(cls, weight: ForeignWeight) -> _Weight:
+        parts = frozenset(part.name for part in weight.parts.values())
+        return cls(weight.name, weight.kind, weight.shape, weight.stored_bytes, parts)
 
 
 def _open_file(path: Path) -> Source:
@@ -186,14 +233,14 @@ def _rows(source: Source, spec: QuantSpec | None) -> tuple[TensorRow, ...]:
     return tuple(rows)
 
 
-def _flat_rows(source: Source, flat: Mapping[str, FlatWeight]) -> tuple[TensorRow, ...]:
-    parts = {part for weight in flat.values() for part in weight.parts}
+def _weight_rows(source: Source, weights: Mapping[str, _Weight]) -> tuple[TensorRow, ...]:
+    """Rows in the order of the files; ``weights`` by the names of their codes."""
+    parts = {part for weight in weights.values() for part in weight.parts}
     rows = []
     for name, tensor in source.tensors.items():
-        if name in flat:
-            weight = flat[name]
-            shape = (2 * tensor.nbytes,) if weight.shape is None else weight.shape
-            rows.append(TensorRow(name, "packed", weight.spec.quant_type, shape, weight.nbytes, tensor.file))
+        if name in weights:
+            weight = weights[name]
+            rows.append(TensorRow(weight.name, "packed", weight.dtype, weight.shape, weight.nbytes, tensor.file))
         elif name not in parts:
             rows.append(_kept_row(tensor))
     return tuple(rows)

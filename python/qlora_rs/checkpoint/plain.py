@@ -11,6 +11,7 @@ from torch import Tensor
 from qlora_rs.checkpoint.choice import FLOAT_DTYPES
 from qlora_rs.checkpoint.inspection import TensorRow
 from qlora_rs.checkpoint.shards import PlannedTensor
+from qlora_rs.checkpoint.source import unquantized_config
 from qlora_rs.errors import FormatError
 
 STORED_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
@@ -38,15 +39,6 @@ def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
             largest = float(tensor[lost].abs().max())
             raise FormatError(f"values up to {largest:.4g} do not fit {name}; choose {wider}")
     return result
-
-
-def unquantized_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """``config.json`` without the quantization, its own keys in their order."""
-
-    def kept(part: Mapping[str, Any]) -> dict[str, Any]:
-        return {key: value for key, value in part.items() if key != "quantization_config"}
-
-    return {key: kept(value) if isinstance(value, dict) else value for key, value in kept(config).items()}
 
 
 def plain_config(config: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:

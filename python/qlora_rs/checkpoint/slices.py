@@ -13,8 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qlora_rs.checkpoint.foreign import ForeignWeight
 from qlora_rs.checkpoint.inspection import TensorRow
 from qlora_rs.checkpoint.source import Source
+from qlora_rs.checkpoint.stored import StoredReader
 from qlora_rs.errors import FormatError
 from qlora_rs.packed import NESTED_BLOCK_SIZE, PackedTensor
 from qlora_rs.quantization import dequantize
@@ -40,8 +42,10 @@ class SliceReader:
         self._files: dict[str, tuple[FileIO, int]] = {}
         self._starts: dict[str, int] = {}
         self._ends: dict[str, int] = {}
+        original = source.original or source
+        self._stored = StoredReader(original)
         # NOTE: a header that `read_header` accepts lists tensors that cover the data without gaps, in their order.
-        for name, tensor in source.tensors.items():
+        for name, tensor in original.tensors.items():
             self._starts[name] = self._ends.get(tensor.file, 0)
             self._ends[tensor.file] = self._starts[name] + tensor.nbytes
 
@@ -56,7 +60,12 @@ class SliceReader:
         self._open.close()
 
     def read(self, name: str, start: int, count: int) -> Tensor:
-        """Bytes ``start`` to ``start + count`` of a tensor, as uint8."""
+        """Bytes ``start`` to ``start + count`` of a tensor, as uint8; of one that another library quantized, those of
+        its values.
+        """
+        foreign = self.source.foreign.get(name)
+        if foreign is not None:
+            return self._foreign(foreign, start, count)
         tensor = self.source.tensors[name]
         content = torch.empty(count, dtype=torch.uint8)
         file, data_start = self._file(tensor.file)
@@ -69,6 +78,14 @@ class SliceReader:
                 raise self._changed(tensor.file)
             done += got
         return content
+
+    def _foreign(self, weight: ForeignWeight, start: int, count: int) -> Tensor:
+        row_bytes = weight.shape[1] * weight.value_dtype.itemsize
+        above = start // row_bytes // weight.row_step * weight.row_step
+        below = -(-(start + count) // row_bytes)
+        content = weight.values(self._stored.read, above, below).reshape(-1).view(torch.uint8)
+        skipped = start - above * row_bytes
+        return content[skipped : skipped + count]
 
     def _file(self, name: str) -> tuple[FileIO, int]:
         """The opened file, and where its data begins: behind the header and its length."""

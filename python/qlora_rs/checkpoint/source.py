@@ -5,12 +5,15 @@ from __future__ import annotations
 import errno
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from qlora_rs import _core
 from qlora_rs.errors import FormatError, UnsupportedError
+
+if TYPE_CHECKING:
+    from qlora_rs.checkpoint.foreign import ForeignWeight
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -44,6 +47,8 @@ class Source:
         files: names of the safetensors files, in reading order.
         tensors: by name, in the order of files and data.
         metadata: ``__metadata__`` of each file.
+        foreign: those of the tensors that no file holds so, because another library quantized them (`as_float`).
+        original: the folder as it is stored, where that differs.
     """
 
     path: Path
@@ -51,6 +56,8 @@ class Source:
     files: tuple[str, ...]
     tensors: dict[str, StoredTensor]
     metadata: dict[str, dict[str, str]]
+    foreign: Mapping[str, ForeignWeight] = field(default_factory=dict)
+    original: Source | None = None
 
     @property
     def total_bytes(self) -> int:
@@ -167,6 +174,15 @@ def find_quantization_config(config: Mapping[str, Any]) -> dict[str, Any] | None
         if isinstance(found, dict):
             return found
     return None
+
+
+def unquantized_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """``config.json`` without the quantization, its own keys in their order."""
+
+    def kept(part: Mapping[str, Any]) -> dict[str, Any]:
+        return {key: value for key, value in part.items() if key != "quantization_config"}
+
+    return {key: kept(value) if isinstance(value, dict) else value for key, value in kept(config).items()}
 
 
 def check_format_version(version: object, where: str) -> None:

@@ -9,11 +9,12 @@ from pathlib import Path
 import torch
 
 from qlora_rs.checkpoint.choice import FLOAT_DTYPES
+from qlora_rs.checkpoint.dequantized import open_float_source
 from qlora_rs.checkpoint.inspection import CheckpointInfo, TensorRow, inspect
 from qlora_rs.checkpoint.progress import ByteCounter, Progress
 from qlora_rs.checkpoint.provenance import file_sha256
 from qlora_rs.checkpoint.slices import VALUE_DTYPES, SliceReader, byte_ranges, count_differing, matrices
-from qlora_rs.checkpoint.source import Source, StoredTensor, find_quantization_config, open_source, require_folder
+from qlora_rs.checkpoint.source import StoredTensor, open_source, require_folder
 from qlora_rs.checkpoint.verdicts import FileHash, PartDifference, TensorVerdict, VerifyReport, add_parts
 from qlora_rs.errors import UnsupportedError
 from qlora_rs.packed import PackedTensor
@@ -29,7 +30,7 @@ def verify(
     check: str = "all",
     progress: Progress | None = None,
 ) -> VerifyReport:
-    """Check a packed folder against the 16- or 32-bit folder that it was made from.
+    """Check a packed folder against the 16- or 32-bit folder (or one that is read as such) that it was made from.
 
     First the source's files are hashed and compared with the hashes that the packed files record. Then every weight is
     quantized from the source again, and codes, scales, group scales and offset are compared byte for byte, as are the
@@ -59,8 +60,9 @@ def verify(
         raise ValueError(f"check is one of {', '.join(CHECKS)}; got {check!r}")
     packed_path, source_path = Path(packed), Path(source)
     require_folder(packed_path)
-    info, original = inspect(packed_path), open_source(source_path)
-    _require_pair(info, original, check)
+    info = inspect(packed_path)
+    _require_packed(info, check)
+    original = open_float_source(source_path)
     hashed = check != "tensors" and bool(info.source_sha256)
     # A file that is not recorded is not hashed, nor is one that the metadata names outside the folder.
     to_hash = [file for file in original.files if hashed and file in info.source_sha256]
@@ -81,17 +83,11 @@ def verify(
     return VerifyReport(str(packed_path), str(source_path), info.spec, files, tensors, tuple(notes))
 
 
-def _require_pair(info: CheckpointInfo, original: Source, check: str) -> None:
+def _require_packed(info: CheckpointInfo, check: str) -> None:
     if info.spec is None or info.format != "qlora_rs":
         state = "not quantized" if info.format == "float" else f"quantized by {info.format!r}"
         raise UnsupportedError(
             f"{info.path}: is {state}; verify checks a folder that qlora-rs packed (diff compares any two)"
-        )
-    config = find_quantization_config(original.config)
-    if config is not None:
-        raise UnsupportedError(
-            f"{original.path}: is quantized (quant_method {config.get('quant_method')!r}); "
-            "give the 16-bit model that the packed one was made from"
         )
     if check == "hashes" and not info.source_sha256:
         raise UnsupportedError(f"{info.path}: records no hashes of its source; compare the tensors instead")

@@ -7,15 +7,15 @@ import os
 from collections.abc import Callable, Collection
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from qlora_rs.checkpoint.choice import FLOAT_DTYPES
+from qlora_rs.checkpoint.dequantized import open_float_source
 from qlora_rs.checkpoint.flat import FlatWeight, aligned_packed, flat_packed, read_flat_weights
-from qlora_rs.checkpoint.source import Source, find_quantization_config, open_source
+from qlora_rs.checkpoint.source import Source
+from qlora_rs.checkpoint.stored import StoredReader
 from qlora_rs.errors import FormatError, UnsupportedError
 from qlora_rs.packed import PackedTensor
 from qlora_rs.quantization import dequantize
@@ -23,35 +23,23 @@ from qlora_rs.spec import QuantSpec
 
 
 class TensorReader:
-    """Reads tensors of an opened folder, one at a time.
-
-    Files are mapped, not read whole, and stay mapped as long as the reader or one of its tensors lives.
-    """
+    """Reads tensors of an opened folder, one at a time; its files stay mapped as `StoredReader` says."""
 
     def __init__(self, source: Source) -> None:
         self.source = source
-        self._files: dict[str, Any] = {}
+        self._stored = StoredReader(source)
 
     def stored(self, name: str) -> Tensor:
-        """The tensor as its file holds it.
+        """The tensor as its file holds it; one that another library quantized, dequantized.
 
         Raises:
-            FormatError: the file changed since its header was read.
+            FormatError: the file changed since its header was read, or holds what its format does not allow.
             UnsupportedError: torch has no such type.
         """
-        tensor = self.source.tensors[name]
-        path = self.source.path / tensor.file
-        try:
-            if tensor.file not in self._files:
-                self._files[tensor.file] = safe_open(path, framework="pt")
-            stored: Tensor = self._files[tensor.file].get_tensor(name)
-        except SafetensorError as error:
-            raise FormatError(f"{path}: tensor {name!r} cannot be read: {error}") from None
-        except (KeyError, AttributeError) as error:
-            raise UnsupportedError(
-                f"{path}: tensor {name!r} is {tensor.dtype}, which torch {torch.__version__} cannot hold ({error})"
-            ) from None
-        return stored
+        foreign = self.source.foreign.get(name)
+        if foreign is not None:
+            return foreign.values(self._stored.read)
+        return self._stored.read(self.source.tensors[name])
 
     def packed(
         self, name: str, shape: tuple[int, ...], spec: QuantSpec, dtype: torch.dtype = torch.float32
@@ -116,7 +104,7 @@ def assemble_packed(
 
 
 def open_weights(path: str | os.PathLike[str]) -> Callable[[str], Tensor]:
-    """A function that reads one float tensor of a 16- or 32-bit model folder by its name.
+    """A function that reads one float tensor of a 16- or 32-bit model folder (or one seen as such) by its name.
 
     A name may carry the prefix of the base model (``model.``) that the files lack, or lack the one that they carry.
 
@@ -130,13 +118,7 @@ def open_weights(path: str | os.PathLike[str]) -> Callable[[str], Tensor]:
     >>> weight("model.norm.weight").shape  # doctest: +SKIP
     torch.Size([576])
     """
-    source = open_source(Path(path))
-    config = find_quantization_config(source.config)
-    if config is not None:
-        raise UnsupportedError(
-            f"{source.path}: is quantized (quant_method {config.get('quant_method')!r}); "
-            "give the 16-bit model that it was made from"
-        )
+    source = open_float_source(Path(path))
     reader = TensorReader(source)
 
     def weight(name: str) -> Tensor:

@@ -27,6 +27,7 @@ def convert(
     """Convert a packed model between this library's format, bitsandbytes' and plain 16 bits.
 
     SRC is a folder of `qlora-rs quantize`, or one that transformers saved after packing with bitsandbytes in 4 bits.
+    One of GPTQ, AWQ or compressed-tensors (packed integers) becomes bf16 or fp16.
     Tensors pass through one at a time: memory does not grow with the model. What the other format cannot hold is
     refused by name.
 

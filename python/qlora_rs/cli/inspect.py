@@ -120,7 +120,10 @@ def _print_table(info: CheckpointInfo, every: bool) -> None:
         output.stdout.print(Text(f"{label:<10} {value}"), soft_wrap=True)
 
     say("path", info.path)
-    say("format", info.format if info.spec is None else f"{info.format}: {info.spec.describe()}")
+    schemes = [info.spec.describe()] if info.spec is not None else list(info.schemes)
+    say("format", f"{info.format}: {'; '.join(schemes)}" if schemes else info.format)
+    if info.unread is not None:
+        say("not read", info.unread)
     output.stdout.print(table)
     packed = info.packed
     packed_bytes, packed_elements = sum(row.bytes for row in packed), sum(row.elements for row in packed)

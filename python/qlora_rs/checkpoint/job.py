@@ -1,0 +1,82 @@
+"""What every target of a conversion needs: the source, a way to read it, and what is made of its weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from qlora_rs.checkpoint.inspection import CheckpointInfo, TensorRow
+from qlora_rs.checkpoint.plain import cast
+from qlora_rs.checkpoint.source import Source
+from qlora_rs.checkpoint.weights import TensorReader
+from qlora_rs.errors import FormatError
+from qlora_rs.packed import PackedTensor
+from qlora_rs.spec import QuantSpec
+
+
+@dataclass(frozen=True)
+class Job:
+    """A source that is being converted.
+
+    Attributes:
+        info: what it holds.
+        source: the opened folder; seen in floats where the codes of its weights are not ours.
+        reader: of ``source``.
+        stored_spec: how its packed weights are stored; None where their codes are not ours.
+        advance: to be called with the bytes that were read.
+        max_shard_size: bytes of tensors per file of the output.
+    """
+
+    info: CheckpointInfo
+    source: Source
+    reader: TensorReader
+    stored_spec: QuantSpec | None
+    advance: Callable[[int], None]
+    max_shard_size: int
+
+    @property
+    def spec(self) -> QuantSpec:
+        """How the packed weights are stored, where that is known to be one of our ways."""
+        assert self.stored_spec is not None
+        return self.stored_spec
+
+    def where(self, row: TensorRow) -> str:
+        """File and name of a tensor, for messages."""
+        return f"{self.source.path / row.file}: tensor {row.name!r}"
+
+    def packed(self, row: TensorRow) -> PackedTensor:
+        """A packed weight by rows; a view of the files."""
+        return self.reader.packed(row.name, row.shape, self.spec)
+
+    def stored(self, name: str) -> Callable[[], Tensor]:
+        """Reads a tensor as it is stored."""
+
+        def read() -> Tensor:
+            tensor = self.reader.stored(name)
+            self.advance(self.source.tensors[name].nbytes)
+            return tensor
+
+        return read
+
+    def values(self, row: TensorRow, dtype: torch.dtype) -> Tensor:
+        """A float or packed tensor's values in ``dtype``.
+
+        Raises:
+            FormatError: they do not fit ``dtype``, or the file holds what its format does not allow.
+        """
+        stored = None
+        if row.kind != "packed" or row.name in self.source.foreign:
+            stored = self.reader.stored(row.name)
+        try:
+            if stored is not None:
+                return cast(stored, dtype)
+            tensor = self.reader.dequantized(row.name, row.shape, self.spec, dtype)
+            # Seldom: the values in float32, which take much more memory, tell whether they were finite.
+            if tensor.numel() and not torch.isfinite(torch.stack(torch.aminmax(tensor))).all():
+                tensor = cast(self.reader.dequantized(row.name, row.shape, self.spec), dtype)
+            return tensor
+        except FormatError as error:
+            raise FormatError(f"{self.where(row)}: {error}") from None

@@ -1,0 +1,133 @@
+"""`convert` to bitsandbytes' 4-bit format, as transformers saves it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qlora_rs.checkpoint import flat
+from qlora_rs.checkpoint.inspection import TensorRow
+from qlora_rs.checkpoint.job import Job
+from qlora_rs.checkpoint.plain import stored_dtype
+from qlora_rs.checkpoint.shards import PlannedTensor, plan_shards
+from qlora_rs.checkpoint.source import unquantized_config
+from qlora_rs.checkpoint.writing import ModelPlan
+from qlora_rs.errors import UnsupportedError
+from qlora_rs.selection import HEADS
+
+
+def plan_bitsandbytes(job: Job, notes: list[str]) -> ModelPlan:
+    """The packed bytes under bitsandbytes' names; its own tensors stay as they are.
+
+    Raises:
+        UnsupportedError: the format has no name for how they are packed, or cannot hold some weight's bytes.
+    """
+    return _plan_same(job) if job.info.format == flat.METHOD else _plan_flat(job, notes)
+
+
+def _plan_same(job: Job) -> ModelPlan:
+    """bitsandbytes' own tensors once more: whatever they hold stays as it is."""
+    stored = sorted(job.source.tensors.values(), key=lambda tensor: tensor.name)
+    planned = [PlannedTensor(tensor.name, tensor.dtype, tensor.shape, tensor.nbytes) for tensor in stored]
+    shards = plan_shards(planned, job.max_shard_size)
+    total = {"total_parameters": job.info.parameters}
+    return ModelPlan(shards, lambda name: job.stored(name)(), job.source.config, index_metadata=total)
+
+
+def _plan_flat(job: Job, notes: list[str]) -> ModelPlan:
+    """As transformers saves a model that bitsandbytes packed: tensors by name, and shards cut between any two."""
+    spec = job.spec
+    if spec.quant_type not in flat.QUANT_TYPES:
+        raise UnsupportedError(
+            f"{job.info.path}: is packed as {spec.describe()}, which bitsandbytes has no name for; it holds "
+            f"{' and '.join(flat.QUANT_TYPES)} (`--to bf16` dequantizes)"
+        )
+    dtype = stored_dtype(job.source.config)
+    if dtype is None:
+        dtype = "bfloat16"
+        notes.append(f"config.json tells no float type: {dtype} is written as the one that was quantized")
+    planned: list[PlannedTensor] = []
+    parts: dict[str, Callable[[], Tensor]] = {}
+    for row in job.info.tensors:
+        if row.kind != "packed":
+            planned.append(PlannedTensor(row.name, row.dtype, row.shape, row.bytes))
+            parts[row.name] = job.stored(row.name)
+            continue
+        for part, tensor in _flat_parts(job, row, dtype).items():
+            stored = "U8" if tensor.dtype == torch.uint8 else "F32"
+            planned.append(PlannedTensor(row.name + part, stored, tuple(tensor.shape), tensor.nbytes))
+            parts[row.name + part] = _counted(job, tensor, row.bytes if part == "" else 0)
+    planned.sort(key=lambda tensor: tensor.name)
+    shards = plan_shards(planned, job.max_shard_size)
+    config = _flat_config(job, dtype)
+    total = {"total_parameters": job.info.parameters}
+    return ModelPlan(shards, lambda name: parts[name](), config, index_metadata=total)
+
+
+def _flat_parts(job: Job, row: TensorRow, dtype: str) -> dict[str, Tensor]:
+    """The parts of a weight by the end of their names; views of the files, or small."""
+    reason = flat.unaligned(row.shape, job.spec)
+    packed = job.packed(row)
+    offset = None
+    if packed.absmax_offset is not None:
+        bits = packed.absmax_offset.view(torch.int32)
+        offset = float(packed.absmax_offset[0])
+        if reason is None and not torch.equal(bits, bits[:1].expand_as(bits)):
+            reason = "its experts have scales of their own, of which bitsandbytes holds one set for all"
+    if reason is not None:
+        raise UnsupportedError(
+            f"{job.where(row)}: {reason}; bitsandbytes' format cannot hold the same bytes (`--to bf16` dequantizes)"
+        )
+    parts = {
+        "": packed.codes.reshape(-1, 1),
+        ".absmax": packed.absmax.reshape(-1),
+        ".quant_map": flat.code_values(job.spec),
+    }
+    if packed.absmax_scale is not None:
+        parts[".nested_absmax"] = packed.absmax_scale.reshape(-1)
+        parts[".nested_quant_map"] = flat.scale_values()
+    state = flat.render_state(job.spec, dtype, row.shape, offset)
+    name = f"{flat.STATE}bitsandbytes__{job.spec.quant_type}"
+    return {**parts, name: torch.tensor(list(state), dtype=torch.uint8)}
+
+
+def _counted(job: Job, tensor: Tensor, count: int) -> Callable[[], Tensor]:
+    def read() -> Tensor:
+        job.advance(count)
+        return tensor
+
+    return read
+
+
+def _flat_config(job: Job, dtype: str) -> dict[str, Any]:
+    """``config.json`` with the ``quantization_config`` of a `BitsAndBytesConfig`; sorted where the rest is sorted."""
+    stays = (job.info.config or {}).get("modules_to_not_convert") or []
+    quantization = {
+        "_load_in_4bit": True,
+        "_load_in_8bit": False,
+        "bnb_4bit_compute_dtype": dtype,
+        "bnb_4bit_quant_storage": "uint8",
+        "bnb_4bit_quant_type": job.spec.quant_type,
+        "bnb_4bit_use_double_quant": job.spec.double_quant,
+        "llm_int8_enable_fp32_cpu_offload": False,
+        "llm_int8_has_fp16_weight": False,
+        "llm_int8_skip_modules": None if _is_default(stays) else list(stays),
+        "llm_int8_threshold": 6.0,
+        "load_in_4bit": True,
+        "load_in_8bit": False,
+        "quant_method": flat.METHOD,
+    }
+    return _with_quantization(unquantized_config(job.source.config), quantization)
+
+
+def _with_quantization(config: Mapping[str, Any], quantization: Mapping[str, Any]) -> dict[str, Any]:
+    result = {**config, "quantization_config": dict(quantization)}
+    return dict(sorted(result.items())) if list(config) == sorted(config) else result
+
+
+def _is_default(stays: Sequence[str]) -> bool:
+    """Whether transformers leaves exactly these to floats unasked: it does so with output heads."""
+    return all(HEADS.intersection(name.split(".")) for name in stays)

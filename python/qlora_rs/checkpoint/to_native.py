@@ -1,0 +1,90 @@
+"""`convert` to the native format."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from qlora_rs import _core
+from qlora_rs.checkpoint.choice import meta_model, parameter_names
+from qlora_rs.checkpoint.inspection import PARTS, TensorRow
+from qlora_rs.checkpoint.job import Job
+from qlora_rs.checkpoint.shards import PlannedTensor, plan_grouped_shards
+from qlora_rs.checkpoint.source import FORMAT_VERSION, unquantized_config
+from qlora_rs.checkpoint.writing import ModelPlan
+from qlora_rs.errors import UnsupportedError
+from qlora_rs.packed import PackedShapes
+
+NATIVE = "qlora_rs"
+
+
+def plan_native(job: Job, notes: list[str]) -> ModelPlan:
+    """The packed bytes under native names.
+
+    Raises:
+        UnsupportedError: the source is native already, or holds weights that are no whole blocks by rows.
+    """
+    if job.info.format == NATIVE:
+        raise UnsupportedError(f"{job.info.path}: is in the native format already")
+    parts: dict[str, Callable[[], Tensor]] = {}
+    together: list[list[PlannedTensor]] = []
+    metadata = {"format": "pt", "qlora_rs_version": _core.__version__}
+    for row in job.info.tensors:
+        if row.kind != "packed":
+            parts[row.name] = job.stored(row.name)
+            together.append([PlannedTensor(row.name, row.dtype, row.shape, row.bytes)])
+            continue
+        job.packed(row)  # everything that could be refused is refused before anything is written
+        group = []
+        shapes = PackedShapes.of(row.shape, job.spec)
+        sizes = (shapes.codes, shapes.absmax, shapes.absmax_scale, shapes.absmax_offset)
+        for part, shape in zip(("", *PARTS), sizes, strict=True):
+            if job.spec.double_quant or part in ("", "_absmax"):
+                dtype = "U8" if part == "" or (part == "_absmax" and job.spec.double_quant) else "I32"
+                size = torch.Size(shape).numel() * (1 if dtype == "U8" else 4)
+                group.append(PlannedTensor(row.name + part, dtype, shape, size))
+                parts[row.name + part] = _native_part(job, row, part)
+        together.append(group)
+        if row.shape[-1] % 2:
+            metadata[f"{row.name}.shape"] = json.dumps(list(row.shape))
+    config = {
+        **unquantized_config(job.source.config),
+        "quantization_config": {
+            "quant_method": NATIVE,
+            **job.spec.to_config(),
+            "modules_to_not_convert": not_packed(job, notes),
+            "format_version": FORMAT_VERSION,
+        },
+    }
+    shards = plan_grouped_shards(together, job.max_shard_size)
+    return ModelPlan(shards, lambda name: parts[name](), config, metadata)
+
+
+def _native_part(job: Job, row: TensorRow, part: str) -> Callable[[], Tensor]:
+    def read() -> Tensor:
+        packed = job.packed(row)
+        if part == "":
+            job.advance(row.bytes)
+            return packed.codes
+        tensor = getattr(packed, part.removeprefix("_"))
+        assert isinstance(tensor, Tensor)
+        return tensor
+
+    return read
+
+
+def not_packed(job: Job, notes: list[str]) -> list[str]:
+    """Names of the Linear modules that stay in floats."""
+    try:
+        model = meta_model(job.source)
+    except UnsupportedError as error:
+        notes.append(f"modules_to_not_convert lists all matrices that are not packed: {error}")
+        kept = (row for row in job.info.tensors if row.kind == "kept" and len(row.shape) == 2)
+        return [row.name.removesuffix(".weight") for row in kept if row.name.endswith(".weight")]
+    in_model, _ = parameter_names(job.source, model)
+    packed = {in_model.get(row.name) for row in job.info.packed}
+    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    return [name for name in linear if f"{name}.weight" not in packed]

@@ -1,0 +1,192 @@
+"""GPTQ, AWQ and compressed-tensors folders: the values that those libraries' own code gives, bit for bit.
+
+tests/golden/make_foreign.py made the folders, and recorded the hash of each weight as its library dequantizes it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import qlora_rs
+from qlora_rs import UnsupportedError
+from qlora_rs.checkpoint import convert, diff, foreign, inspect, open_weights
+from qlora_rs.checkpoint.dequantized import open_float_source
+from qlora_rs.checkpoint.grouped import unpack
+from qlora_rs.checkpoint.slices import SliceReader
+
+GOLDEN = Path(__file__).resolve().parent.parent / "golden" / "foreign"
+FOLDERS = sorted(folder.name for folder in GOLDEN.iterdir())
+DOWN = "model.layers.0.mlp.down_proj.weight"
+
+
+def digest(tensor: torch.Tensor) -> str:
+    return hashlib.sha256(tensor.contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()
+
+
+def expected(name: str) -> dict[str, str]:
+    return json.loads((GOLDEN / name / "expected.json").read_text())["sha256"]
+
+
+def exact(name: str) -> str:
+    """The target of `convert` that rounds nothing."""
+    return "bf16" if json.loads((GOLDEN / name / "config.json").read_text())["dtype"] == "bfloat16" else "fp16"
+
+
+def test_there_are_folders_of_each_library() -> None:
+    assert len(FOLDERS) == 17
+    assert {name.partition("-")[0] for name in FOLDERS} == {"gptq", "gptqmodel", "awq", "ct"}
+
+
+@pytest.mark.parametrize("name", FOLDERS)
+def test_values_are_those_of_the_library_itself(name) -> None:
+    read = open_weights(GOLDEN / name)
+    assert {weight: digest(read(weight)) for weight in expected(name)} == expected(name)
+
+
+@pytest.mark.parametrize("name", FOLDERS)
+def test_pieces_of_rows_are_the_same_values(name, monkeypatch) -> None:
+    monkeypatch.setattr(foreign, "PIECE_ELEMENTS", 32 * 64)
+    read = open_weights(GOLDEN / name)
+    assert {weight: digest(read(weight)) for weight in expected(name)} == expected(name)
+
+
+@pytest.mark.parametrize("name", FOLDERS)
+def test_ranges_of_bytes_are_the_same_values(name) -> None:
+    with SliceReader(open_float_source(GOLDEN / name)) as reader:
+        total = reader.source.tensors[DOWN].nbytes
+        cuts = [0, 1, 190, 192, 193, 4000, 4001, total]
+        parts = [reader.read(DOWN, start, end - start) for start, end in pairwise(cuts)]
+    assert digest(torch.cat(parts)) == expected(name)[DOWN]
+
+
+@pytest.mark.parametrize("name", FOLDERS)
+def test_inspect_says_what_the_folder_holds(name) -> None:
+    info = inspect(GOLDEN / name)
+    row = next(row for row in info.tensors if row.name == DOWN)
+    assert info.format == {"awq": "awq", "ct": "compressed-tensors"}.get(name.partition("-")[0], "gptq")
+    assert {row.name for row in info.packed} == set(expected(name))
+    assert (row.kind, row.shape) == ("packed", (64, 96))
+    assert info.total_bytes == sum(t.nbytes for t in load_file(GOLDEN / name / "model.safetensors").values())
+    bits = next(bits for bits in (2, 3, 8, 4) if f"{bits}bit" in name or f"int{bits}" in name or bits == 4)
+    assert row.dtype == f"int{bits}"
+    assert all(scheme.startswith(f"{bits} bits, ") for scheme in info.schemes)
+    assert ("one group a row" in info.schemes[0]) == ("channel" in name)
+    assert ("act-order" in info.schemes[0]) == ("act-order" in name)
+
+
+@pytest.mark.parametrize("name", FOLDERS)
+def test_converted_to_its_own_type_nothing_is_rounded(name, tmp_path, load_folder) -> None:
+    report = convert(GOLDEN / name, tmp_path / "out", exact(name))
+    tensors = load_folder(tmp_path / "out")
+    kept = {row.name for row in inspect(GOLDEN / name).tensors if row.kind == "kept"}
+    assert report.weights == 7
+    assert "quantization_config" not in json.loads((tmp_path / "out" / "config.json").read_text())
+    assert set(tensors) == {*expected(name), *kept}
+    if name != "ct-int4-channel-asym":  # whose own type is float32
+        assert {weight: digest(tensors[weight]) for weight in expected(name)} == expected(name)
+        assert not report.notes
+    else:
+        assert "F16 rounds them once more" in report.notes[0]
+
+
+def test_rounding_to_another_type_is_told(tmp_path, load_folder) -> None:
+    report = convert(GOLDEN / "awq-g32", tmp_path / "out", "bf16")
+    assert "gives its weights in F16: BF16 rounds them once more" in report.notes[0]
+    values = open_weights(GOLDEN / "awq-g32")(DOWN)
+    assert torch.equal(load_folder(tmp_path / "out")[DOWN], values.bfloat16())
+
+
+def test_transformers_loads_what_was_converted(tmp_path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    convert(GOLDEN / "gptq-4bit-g32-sym", tmp_path / "out", "fp16")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")
+    assert digest(model.get_parameter(DOWN)) == expected("gptq-4bit-g32-sym")[DOWN]
+
+
+def test_an_adapter_merges_over_the_values(tmp_path, load_folder) -> None:
+    from qlora_rs.merge import merge
+
+    folder = GOLDEN / "awq-g32"
+    convert(folder, tmp_path / "plain", "fp16")
+    model = qlora_rs.from_pretrained(tmp_path / "plain", dtype=torch.float32)
+    qlora_rs.attach_lora(model, r=4)
+    for layer in qlora_rs.lora_modules(model).values():
+        torch.nn.init.normal_(layer.lora_B.data)
+    qlora_rs.save_adapter(model, tmp_path / "adapter")
+    report = merge(folder, tmp_path / "adapter", tmp_path / "merged")
+    merge(tmp_path / "plain", tmp_path / "adapter", tmp_path / "expected")
+    assert "quantized by 'awq'" in report.notes[0]
+    merged, alike = load_folder(tmp_path / "merged"), load_folder(tmp_path / "expected")
+    assert all(torch.equal(merged[key], alike[key]) for key in alike)
+    with pytest.raises(ValueError, match="records no other base"):
+        merge(folder, tmp_path / "adapter", tmp_path / "other", base=tmp_path / "plain")
+
+
+def test_diff_compares_the_values(tmp_path) -> None:
+    convert(GOLDEN / "awq-g32", tmp_path / "plain", "fp16")
+    assert diff(GOLDEN / "awq-g32", tmp_path / "plain").same
+    other = diff(GOLDEN / "awq-g32", GOLDEN / "gptq-4bit-g32-sym")
+    assert 0 < other.relative_error < 0.2
+    assert {t.name for t in other.tensors if t.status != "same"} == set(expected("awq-g32"))
+
+
+def test_codes_of_other_meaning_are_not_passed_off_as_ours(tmp_path) -> None:
+    for target in ("native", "bitsandbytes"):
+        with pytest.raises(UnsupportedError, match="`qlora-rs quantize` packs the values anew"):
+            convert(GOLDEN / "awq-g32", tmp_path / "out", target)
+
+
+def test_a_shard_alone_shows_its_whole_weights(tmp_path) -> None:
+    folder = tmp_path / "gptq"
+    shutil.copytree(GOLDEN / "gptq-4bit-g32-sym", folder)
+    tensors = load_file(folder / "model.safetensors")
+    lacking = DOWN.replace("weight", "scales")
+    del tensors[lacking]
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    info = inspect(folder / "model.safetensors")
+    assert len(info.packed) == 6
+    with pytest.raises(qlora_rs.FormatError, match=r"lacks model\.layers.0\.mlp\.down_proj\.scales"):
+        inspect(folder)
+
+
+def test_weights_in_several_files_are_read(tmp_path) -> None:
+    folder = tmp_path / "sharded"
+    shutil.copytree(GOLDEN / "gptq-4bit-g32-asym-act-order", folder)
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    weight_map = {}
+    for shard in range(3):
+        part = dict(list(tensors.items())[shard::3])  # parts of one weight lie in different files
+        file = f"model-{shard + 1:05}-of-00003.safetensors"
+        save_file(part, folder / file, {"format": "pt"})
+        weight_map |= dict.fromkeys(part, file)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    hashes = expected("gptq-4bit-g32-asym-act-order")
+    read = open_weights(folder)
+    assert {weight: digest(read(weight)) for weight in hashes} == hashes
+    convert(folder, tmp_path / "out", "fp16", max_shard_size=30_000)
+    assert len(list((tmp_path / "out").glob("*.safetensors"))) == 3
+    assert diff(folder, tmp_path / "out").same
+
+
+@pytest.mark.parametrize(("bits", "count"), [(2, 1), (2, 33), (3, 32), (3, 95), (4, 7), (4, 64), (8, 3), (8, 12)])
+def test_a_stream_of_bits_is_unpacked(bits, count) -> None:
+    generator = torch.Generator().manual_seed(count)
+    codes = torch.randint(0, 1 << bits, (3, count), generator=generator)
+    words = []
+    for row in codes.tolist():
+        stream = sum(code << (bits * place) for place, code in enumerate(row))
+        size = -(-count * bits // 32)
+        size += -size % 3 if bits == 3 else 0
+        values = [(stream >> (32 * word)) & 0xFFFFFFFF for word in range(size)]
+        words.append([value - (1 << 32) if value >> 31 else value for value in values])
+    assert torch.equal(unpack(torch.tensor(words, dtype=torch.int32), bits, count).long(), codes)

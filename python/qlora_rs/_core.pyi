@@ -175,9 +175,9 @@ def driver_probe() -> dict[str, Any]:
     `{"available", "reason", "driver_version", "devices"}`; `reason` says why no device can be used.
     """
 
-def dynamic_map() -> list[float]:
+def dynamic_map(signed: bool = True) -> list[float]:
     """
-    The 256 float32 values of the signed 8-bit dynamic map, which double quantization uses.
+    The 256 float32 values of the signed 8-bit dynamic map, which double quantization uses, or of the unsigned one.
     """
 
 def linear(

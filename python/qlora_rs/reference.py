@@ -30,12 +30,15 @@ FP4_THRESHOLDS = _from_bits("3b2aaab9 3db00000 3e555555 3e955555 3ed55556 3f1555
 FP4_BY_RANK = torch.tensor([0, 1, 6, 7, 4, 5, 2, 3])  # code of the k-th smallest magnitude
 INT4 = torch.arange(-7, 8, dtype=torch.float32) / 7
 INT8 = torch.arange(-127, 128, dtype=torch.float32) / 127
+DYNAMIC = {"dynamic8": True, "udynamic8": False}  # has the map negative values?
 
 
 def codebook_of(quant_type: str, codebook: list[float] | tuple[float, ...] | None = None) -> Tensor:
     """float32 table of a data type, indexed by code."""
     if codebook is not None:
         return torch.tensor(codebook, dtype=torch.float32)
+    if quant_type in DYNAMIC:
+        return dynamic_map(signed=DYNAMIC[quant_type])
     return {"nf4": NF4, "fp4": FP4, "int4": INT4, "int8": INT8}[quant_type]
 
 
@@ -78,10 +81,13 @@ def decimals(table: Tensor) -> Tensor:
 def nearest_code(x: Tensor, table: Tensor, quant_type: str) -> Tensor:
     """Index of the nearest table entry for normalized float32 ``x``; an exact tie goes down.
 
-    The built-in types compare with float32 midpoints. A user's codebook compares with the midpoints of the decimals
-    it was written in, so that {0.3, 0.5} sends 4/10, whose float32 lies just above 0.4, to 0.5.
+    A dynamic map is compared exactly, and a tie goes to the even index. The other built-in types compare with float32
+    midpoints. A user's codebook compares with the midpoints of the decimals it was written in, so that {0.3, 0.5} sends
+    4/10, whose float32 lies just above 0.4, to 0.5.
     """
     x = x.contiguous()
+    if quant_type in DYNAMIC:
+        return nearest_even(x, table).long()
     if quant_type == "fp4":
         rank = torch.bucketize(x.abs(), FP4_THRESHOLDS)  # number of thresholds strictly below |x|
         return FP4_BY_RANK[rank] + 8 * (x < 0)

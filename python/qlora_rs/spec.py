@@ -18,7 +18,8 @@ class QuantSpec:
     """How weights become codes: blockwise absmax quantization to the nearest value of a codebook.
 
     Args:
-        quant_type: ``"nf4"``, ``"fp4"``, ``"int4"``, ``"int8"``, or ``"codebook"``.
+        quant_type: ``"nf4"``, ``"fp4"``, ``"int4"``; in 8 bits ``"int8"``, ``"dynamic8"`` (the signed dynamic map,
+            finer towards zero), ``"udynamic8"`` (the unsigned one: negative weights become 0); or ``"codebook"``.
         block_size: elements that share one scale, a power of two from 32 to 4096.
         double_quant: store the float32 scales as 8-bit codes in groups of 256 (QLoRA, section 3).
         codebook: 2 to 256 ascending, distinct values in [-1, 1]; up to 16 take a nibble each, more take a byte.
@@ -26,7 +27,8 @@ class QuantSpec:
     Raises:
         ValueError: an argument is outside what is listed above.
 
-    Source: Dettmers et al., QLoRA: Efficient Finetuning of Quantized LLMs, 2023.
+    Source: Dettmers et al., QLoRA: Efficient Finetuning of Quantized LLMs, 2023; the dynamic maps are those of Dettmers
+    et al., 8-bit Optimizers via Block-wise Quantization, 2022.
 
     >>> QuantSpec()
     QuantSpec(quant_type='nf4', block_size=64, double_quant=True, codebook=None)

@@ -304,6 +304,7 @@ def test_rows_that_share_blocks_are_refused_by_name(tmp_path) -> None:
     [
         (QuantSpec("int4"), "int4.*no name"),
         (QuantSpec("int8"), "int8.*no name"),
+        (QuantSpec("dynamic8"), "dynamic8.*no name"),
         (QuantSpec(codebook=[-1, 0.25, 0.5, 1]), "codebook.*no name"),
         (QuantSpec("nf4", 128), r"gate_proj\.weight.*rows of 64 elements are no whole blocks of 128"),
     ],

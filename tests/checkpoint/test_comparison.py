@@ -58,7 +58,9 @@ def test_a_folder_is_the_same_as_itself_and_as_a_copy_in_other_files(
 
 @pytest.mark.usefixtures("_small_slices")
 @pytest.mark.parametrize(
-    "spec", [QuantSpec(), QuantSpec("int8", 32), QuantSpec("fp4", 128, False)], ids=QuantSpec.describe
+    "spec",
+    [QuantSpec(), QuantSpec("int8", 32), QuantSpec("dynamic8", 256), QuantSpec("fp4", 128, False)],
+    ids=QuantSpec.describe,
 )
 def test_a_packed_folder_and_its_source_differ_by_the_error_of_quantization(
     source, load_folder, tmp_path, spec

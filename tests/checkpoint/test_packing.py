@@ -51,8 +51,21 @@ def assert_packed_as(tensors, name: str, weight: torch.Tensor, spec: QuantSpec) 
         (torch.float32, 1, QuantSpec("int8", 64)),
         (torch.float32, 2, QuantSpec("int4", 4096, double_quant=False)),
         (torch.float16, 1, QuantSpec(codebook=[-1, -0.25, 0, 0.5, 1])),
+        (torch.bfloat16, 2, QuantSpec("dynamic8", 256)),
+        (torch.float32, 1, QuantSpec("udynamic8", 32, double_quant=False)),
+        (torch.bfloat16, 1, QuantSpec(codebook=[k / 128 - 1 for k in range(256)])),
     ],
-    ids=["nf4-bf16", "nf4-single-quant-3-files", "fp4-fp16", "int8-fp32", "int4-one-block-rows", "codebook"],
+    ids=[
+        "nf4-bf16",
+        "nf4-single-quant-3-files",
+        "fp4-fp16",
+        "int8-fp32",
+        "int4-one-block-rows",
+        "codebook",
+        "dynamic8-2-files",
+        "udynamic8",
+        "codebook-of-8-bits",
+    ],
 )
 def test_linear_weights_are_packed_as_quantize_does_and_the_rest_is_byte_identical(
     make_model, load_folder, tmp_path, dtype, shards, spec
@@ -215,13 +228,14 @@ def test_nonfinite_weights_are_refused_with_file_tensor_count_and_index(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["source", "spoiled"]
 
 
-def test_fused_experts_are_packed_per_expert_when_included(write_tensors, load_folder, tmp_path):
+@pytest.mark.parametrize("spec", [QuantSpec(), QuantSpec("dynamic8", 32)], ids=QuantSpec.describe)
+def test_fused_experts_are_packed_per_expert_when_included(write_tensors, load_folder, tmp_path, spec):
     experts = torch.randn(3, 10, 129, generator=torch.Generator().manual_seed(1)).to(torch.bfloat16)
     tensors = {"experts.gate_up_proj": experts, "experts.bias": torch.zeros(3)}
     source = write_tensors(tmp_path / "source", tensors, model_type="no_such_model", architectures=None)
-    report = checkpoint.quantize(source, tmp_path / "packed", include=["gate_up_proj"], slice_bytes=500)
+    report = checkpoint.quantize(source, tmp_path / "packed", spec, include=["gate_up_proj"], slice_bytes=500)
     packed = load_folder(tmp_path / "packed")
-    assert_packed_as(packed, "experts.gate_up_proj", experts, QuantSpec())
+    assert_packed_as(packed, "experts.gate_up_proj", experts, spec)
     assert packed["experts.gate_up_proj_absmax_offset"].shape == (3,)
     assert report.packed[0].shape == (3, 10, 129)
 

@@ -13,7 +13,14 @@ from qlora_rs.checkpoint import slices
 
 DOWN = "model.layers.1.mlp.down_proj.weight"
 NORM = "model.norm.weight"
-SPECS = [QuantSpec(), QuantSpec("int8", 32, False), QuantSpec("fp4", 128, False), QuantSpec(codebook=[-1, 0, 0.5])]
+SPECS = [
+    QuantSpec(),
+    QuantSpec("int8", 32, False),
+    QuantSpec("dynamic8", 256),
+    QuantSpec("fp4", 128, False),
+    QuantSpec(codebook=[-1, 0, 0.5]),
+    QuantSpec(codebook=[k / 99 - 1 for k in range(199)]),
+]
 
 
 def edit_header(path, change):

@@ -26,7 +26,9 @@ def test_weights_are_read_as_they_are_stored(make_model, load_folder, shards, dt
 
 
 @pytest.mark.parametrize(
-    "spec", [QuantSpec(), QuantSpec("int8", 32, False), QuantSpec(codebook=[-1, 0, 0.5])], ids=QuantSpec.describe
+    "spec",
+    [QuantSpec(), QuantSpec("int8", 32, False), QuantSpec("dynamic8", 32), QuantSpec(codebook=[-1, 0, 0.5])],
+    ids=QuantSpec.describe,
 )
 def test_packed_weights_of_odd_columns_are_read_as_values(make_model, load_folder, tmp_path, spec) -> None:
     folder = make_model(torch.float32)

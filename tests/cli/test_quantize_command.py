@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 CONFIG = {
     "architectures": ["LlamaForCausalLM"],
@@ -48,6 +48,10 @@ def source(tmp_path: Path) -> Path:
     return folder
 
 
+def config_of(folder: Path) -> dict:
+    return json.loads((folder / "config.json").read_text())["quantization_config"]
+
+
 def test_results_go_to_stdout_and_messages_to_stderr(command, source, tmp_path):
     outcome = command("quantize", source, tmp_path / "packed")
     assert outcome.code == 0, outcome.err
@@ -70,11 +74,40 @@ def test_options_reach_the_output(command, source, tmp_path):
         "*.0.mlp.*",
     )
     assert command("quantize", source, tmp_path / "packed", *options, "--jobs", 1).code == 0
-    config = json.loads((tmp_path / "packed" / "config.json").read_text())["quantization_config"]
+    config = config_of(tmp_path / "packed")
     assert (config["quant_type"], config["block_size"], config["double_quant"]) == ("int8", 32, False)
     assert "model.layers.1.self_attn.v_proj" in config["modules_to_not_convert"]
     assert "model.layers.0.mlp.up_proj" in config["modules_to_not_convert"]
     assert "model.layers.1.mlp.up_proj" not in config["modules_to_not_convert"]
+
+
+@pytest.mark.parametrize(("quant_type", "zero"), [("dynamic8", 127), ("udynamic8", 0)])
+def test_dynamic_maps_are_types_of_a_byte_a_weight(command, source, tmp_path, quant_type, zero):
+    path = "model.layers.0.mlp.down_proj.weight"
+    tensors = {name: torch.zeros(shape) for name, shape in shapes().items()}
+    tensors[path][3, 5] = 0.5
+    save_file(tensors, source / "model.safetensors")
+    assert command("quantize", source, tmp_path / "packed", "--type", quant_type).code == 0
+    assert config_of(tmp_path / "packed")["quant_type"] == quant_type
+    codes = load_file(tmp_path / "packed" / "model.safetensors")[path]
+    assert codes.shape == (8, 13)
+    assert (int(codes[3, 5]), codes[3, :5].unique().tolist()) == (255, [zero])
+
+
+def test_a_codebook_is_given_as_values_or_as_a_file(command, source, tmp_path):
+    values = [-1.0, -0.25, 0.0, 0.5]
+    (tmp_path / "book.json").write_text(json.dumps(values))
+    listed = ("--codebook", "-1,-0.25,0,0.5")
+    for name, options in (
+        ("listed", listed),
+        ("file", ("--codebook", tmp_path / "book.json")),
+        ("typed", ("--type", "codebook", *listed)),
+    ):
+        assert command("quantize", source, tmp_path / name, *options).code == 0
+        config = config_of(tmp_path / name)
+        assert (config["quant_type"], config["codebook"]) == ("codebook", values)
+    stored = {(tmp_path / name / "model.safetensors").read_bytes() for name in ("listed", "file", "typed")}
+    assert len(stored) == 1
 
 
 def test_json_is_one_document_and_dry_run_writes_nothing(command, source, tmp_path):
@@ -90,6 +123,14 @@ def test_json_is_one_document_and_dry_run_writes_nothing(command, source, tmp_pa
         (["absent", "packed"], "no such model folder"),
         (["source", "packed", "--type", "nf5"], "nf4, fp4, int4, int8"),
         (["source", "packed", "--block-size", "63"], "32, 64"),
+        (["source", "packed", "--codebook", "-1,zero,1"], "numbers separated by commas"),
+        (["source", "packed", "--codebook", "1,-1"], "ascending"),
+        (["source", "packed", "--codebook", "0"], "2 to 256 values"),
+        (["source", "packed", "--codebook", "absent.json"], "absent.json: No such file"),
+        (["source", "packed", "--codebook", "source/config.json"], "JSON list of numbers"),
+        (["source", "packed", "--codebook", "source/model.safetensors"], "numbers separated by commas"),
+        (["source", "packed", "--codebook", "-1,0,1", "--type", "int8"], "cannot go with quant_type='int8'"),
+        (["source", "packed", "--type", "codebook"], "needs codebook"),
         (["source", "packed", "--skip", "q_porj"], "q_proj"),
         (["source", "source/packed"], "choose another"),
         (["source", "taken"], "--overwrite"),
@@ -185,5 +226,5 @@ def test_help_teaches_with_an_example(command):
     outcome = command("quantize", "--help")
     assert outcome.code == 0
     assert "qlora-rs quantize Llama-3.2-1B" in outcome.out
-    for option in ("--type", "--block-size", "--skip", "--include", "--overwrite", "--dry-run", "--json"):
+    for option in ("--type", "--codebook", "--block-size", "--skip", "--include", "--overwrite", "--dry-run", "--json"):
         assert option in outcome.out

@@ -16,11 +16,15 @@ from qlora_rs import NonFiniteError, PackedTensor, QuantSpec, reference
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 USER = (-1.0, -0.35, 0.1, 0.3, 0.5, 1.0)
-TYPES = ["nf4", "fp4", "int4", "int8", "codebook"]
+# No zero, and finer towards it, so that some thresholds share a sign, exponent and six bits of the mantissa.
+USER_8_BITS = tuple(sign * (k / 100) ** 2 for sign in (-1, 1) for k in range(1, 101)[::sign])
+CODEBOOKS = {"codebook": USER, "codebook of 8 bits": USER_8_BITS, "codebook of 2 bits": (-1.0, 0.3, 0.5, 1.0)}
+TYPES = ["nf4", "fp4", "int4", "int8", "dynamic8", "udynamic8", *CODEBOOKS]
 
 
 def spec_of(quant_type: str, block_size: int = 64, double_quant: bool = False) -> QuantSpec:
-    return QuantSpec(quant_type, block_size, double_quant, USER if quant_type == "codebook" else None)
+    codebook = CODEBOOKS.get(quant_type)
+    return QuantSpec(quant_type if codebook is None else "codebook", block_size, double_quant, codebook)
 
 
 def bits(tensor: torch.Tensor) -> torch.Tensor:
@@ -111,7 +115,7 @@ def test_dequantized_bits_equal_the_reference(quant_type: str, out: torch.dtype,
     if packed.absmax_scale is not None:
         absmax = reference.nested_absmax(absmax, packed.absmax_scale, packed.absmax_offset)
     codes = packed.codes.long() if spec.bits == 8 else reference.unpack(packed.codes, 101)
-    expected = reference.dequantize_blocks(codes, absmax, 32, out, quant_type, spec.codebook)
+    expected = reference.dequantize_blocks(codes, absmax, 32, out, spec.quant_type, spec.codebook)
     assert torch.equal(bits(qlora_rs.dequantize(packed, out)), bits(expected))
 
 
@@ -212,10 +216,35 @@ def test_a_spec_that_cannot_be_is_refused(arguments: dict, message: str) -> None
 def test_a_codebook_is_the_same_spec_in_float32_and_in_float64() -> None:
     values = [-1, 0.3, 0.5, 1]
     assert QuantSpec(codebook=values) == QuantSpec(codebook=torch.tensor(values).tolist())
-    packed = qlora_rs.quantize(
-        torch.tensor([[10.0, -3, 5, 4]]), QuantSpec(codebook=torch.tensor(values).tolist(), double_quant=False)
-    )
-    assert packed.codes.tolist() == [[0x31, 0x22]]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_worked_example_of_the_blockwise_scheme(dtype: torch.dtype) -> None:
+    weight = torch.tensor([10.0, -3, 5, 4], dtype=dtype)
+    packed = qlora_rs.quantize(weight, QuantSpec(codebook=[-1, 0.3, 0.5, 1], double_quant=False))
+    assert reference.unpack(packed.codes, 4).tolist() == [3, 1, 2, 2]
+    assert packed.absmax.tolist() == [10.0]
+    assert qlora_rs.dequantize(packed).tolist() == [10.0, 3.0, 5.0, 5.0]
+
+
+def test_zero_is_exact_in_the_dynamic_maps_and_negative_weights_are_zero_in_the_unsigned_one() -> None:
+    weight = torch.tensor([[0.5, -0.5, 0.0, -0.0, 1e-9, -1e-9]])
+    signed = qlora_rs.quantize(weight, spec_of("dynamic8"))
+    assert signed.codes.tolist() == [[255, 0, 127, 127, 127, 127]]
+    unsigned = qlora_rs.quantize(weight, spec_of("udynamic8"))
+    assert qlora_rs.dequantize(unsigned).tolist() == [[0.5, 0.0, 0.0, 0.0, 0.0, 0.0]]
+
+
+@pytest.mark.parametrize("quant_type", ["dynamic8", "udynamic8"])
+def test_a_tie_between_entries_of_a_dynamic_map_goes_to_the_even_code(quant_type: str) -> None:
+    table = reference.codebook_of(quant_type)
+    middle = (table[:-1].double() + table[1:].double()) / 2
+    exact = middle.float().double() == middle  # ties that a float32 can be
+    assert exact.sum() > 20
+    weight = torch.cat([torch.ones(1), middle.float()[exact]])
+    lower = torch.arange(255)[exact]
+    packed = qlora_rs.quantize(weight, spec_of(quant_type, 4096))
+    assert torch.equal(packed.codes[1:].long(), lower + lower % 2)
 
 
 @pytest.mark.parametrize("level", ["scalar", "avx2", "avx512"])
@@ -225,11 +254,14 @@ def test_every_simd_level_gives_the_same_bytes(level: str) -> None:
         "import torch, hashlib, qlora_rs\n"
         "g = torch.Generator().manual_seed(9)\n"
         "digest = hashlib.sha256()\n"
+        "tables = [tuple(i / 99 - 1 for i in range(199)), (-1.0, 0.3, 0.5, 1.0)]\n"
+        "types = [t for t in qlora_rs.spec.QUANT_TYPES if t != 'codebook']\n"
+        "specs = [(t, 64, dq) for t in types for dq in (False, True)] + [('codebook', 64, True, t) for t in tables]\n"
         "for dtype in (torch.float32, torch.bfloat16, torch.float16):\n"
         "    for shape in ((67, 1031), (64, 4096), (3, 5, 96)):\n"
         "        w = (torch.randn(shape, generator=g) * 0.02).to(dtype)\n"
-        "        for dq in (False, True):\n"
-        "            p = qlora_rs.quantize(w, qlora_rs.QuantSpec(double_quant=dq))\n"
+        "        for spec in specs:\n"
+        "            p = qlora_rs.quantize(w, qlora_rs.QuantSpec(*spec))\n"
         "            digest.update(p.codes.numpy().tobytes() + p.absmax.numpy().tobytes())\n"
         "            for out in (torch.float32, torch.bfloat16, torch.float16):\n"
         "                digest.update(qlora_rs.dequantize(p, out).view(torch.uint8).numpy().tobytes())\n"

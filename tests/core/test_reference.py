@@ -30,15 +30,16 @@ def test_dynamic_maps_have_the_reference_implementations_bytes() -> None:
     assert sha256(reference.dynamic_map()) == signed
     assert sha256(reference.dynamic_map(signed=False)) == unsigned
     assert sha256(torch.tensor(_core.dynamic_map(), dtype=torch.float32)) == signed
+    assert sha256(torch.tensor(_core.dynamic_map(signed=False), dtype=torch.float32)) == unsigned
 
 
-@pytest.mark.parametrize("quant_type", ["nf4", "fp4", "int4", "int8"])
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4", "int4", "int8", "dynamic8", "udynamic8"])
 def test_the_extensions_tables_are_the_references(quant_type: str) -> None:
     spec = QuantSpec(quant_type)
     table = reference.codebook_of(quant_type)
     assert torch.equal(torch.tensor(spec.values, dtype=torch.float32), table)
     assert spec.zero_code == reference.zero_code(table)
-    assert spec.bits == (8 if quant_type == "int8" else 4)
+    assert spec.bits == (8 if quant_type.endswith("8") else 4)
 
 
 def test_worked_example_of_the_blockwise_scheme() -> None:

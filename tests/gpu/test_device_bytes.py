@@ -14,14 +14,15 @@ import qlora_rs
 from qlora_rs import DeviceError, NonFiniteError, PackedTensor, QuantSpec
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-TYPES = ["nf4", "fp4", "int4", "int8", "codebook"]
-USER = (-1.0, -0.35, 0.1, 0.3, 0.5, 1.0)
+CODEBOOKS = {"codebook": (-1.0, -0.35, 0.1, 0.3, 0.5, 1.0), "codebook of 8 bits": tuple(k / 99 - 1 for k in range(199))}
+TYPES = ["nf4", "fp4", "int4", "int8", "dynamic8", "udynamic8", *CODEBOOKS]
 # Rows that end in short blocks, odd rows, experts, one element, and whole blocks only.
 SHAPES = [(5, 193), (1, 1), (3, 4096), (65, 64), (130, 257), (2, 3, 96), (3, 70, 256), (300, 192), (4097,)]
 
 
 def spec_of(quant_type: str, block_size: int, double_quant: bool) -> QuantSpec:
-    return QuantSpec(quant_type, block_size, double_quant, USER if quant_type == "codebook" else None)
+    codebook = CODEBOOKS.get(quant_type)
+    return QuantSpec(quant_type if codebook is None else "codebook", block_size, double_quant, codebook)
 
 
 def bits(tensor: torch.Tensor) -> torch.Tensor:
@@ -78,8 +79,7 @@ def test_bytes_and_values_equal_the_cpus(
 def test_every_code_and_every_scale_byte_decode_as_on_the_cpu(quant_type: str) -> None:
     spec = spec_of(quant_type, 64, True)
     rows, columns = 256, 512
-    entries = 256 if spec.bits == 8 else 16
-    entries = {"int4": 15, "int8": 255, "codebook": len(USER)}.get(quant_type, entries)
+    entries = len(spec.values)
     codes = torch.randint(0, entries, (rows, columns), dtype=torch.uint8)
     stored = codes if spec.bits == 8 else codes[:, ::2] << 4 | codes[:, 1::2]
     absmax = torch.arange(rows * columns // 64).to(torch.uint8).view(rows, -1)

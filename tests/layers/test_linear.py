@@ -21,7 +21,10 @@ SPECS = [
     QuantSpec("fp4", 128),
     QuantSpec("int4", 64, False),
     QuantSpec("int8", 64),
+    QuantSpec("dynamic8", 256),
+    QuantSpec("udynamic8", 32, False),
     QuantSpec(codebook=[-1, -0.4, 0.1, 0.9]),
+    QuantSpec(codebook=[k / 99 - 1 for k in range(199)]),
 ]
 # Largest relative error of a product, by the type it is computed in.
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}

@@ -12,7 +12,14 @@ from safetensors.torch import load_file, save_file
 import qlora_rs
 from qlora_rs import Linear4bit, QuantSpec, checkpoint
 
-SPECS = [QuantSpec(), QuantSpec("fp4", 32, False), QuantSpec("int8", 128), QuantSpec(codebook=[-1, -0.2, 0, 0.4, 1])]
+SPECS = [
+    QuantSpec(),
+    QuantSpec("fp4", 32, False),
+    QuantSpec("int8", 128),
+    QuantSpec("dynamic8", 32, False),
+    QuantSpec(codebook=[-1, -0.2, 0, 0.4, 1]),
+    QuantSpec(codebook=[k / 128 - 1 for k in range(256)]),
+]
 
 
 @pytest.fixture

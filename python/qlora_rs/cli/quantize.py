@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated
 
@@ -15,7 +16,21 @@ def quantize(
         Path, typer.Argument(metavar="SRC", help="Hugging Face model folder; only read.", show_default=False)
     ],
     dst: Annotated[Path, typer.Argument(metavar="DST", help="Folder to make; absent or whole.", show_default=False)],
-    quant_type: Annotated[str, typer.Option("--type", help="Data type: nf4, fp4, int4 or int8.")] = "nf4",
+    quant_type: Annotated[
+        str,
+        typer.Option(
+            "--type", help="Data type: nf4, fp4 or int4; in 8 bits int8, dynamic8 or udynamic8 (no negative values)."
+        ),
+    ] = "nf4",
+    codebook: Annotated[
+        str | None,
+        typer.Option(
+            metavar="VALUES",
+            help="A data type of your own: 2 to 256 ascending values in [-1, 1], separated by commas, or a JSON file "
+            "that lists them. Up to 16 take 4 bits a weight, more take 8.",
+            show_default=False,
+        ),
+    ] = None,
     block_size: Annotated[int, typer.Option(help="Weights that share a scale: 32, 64, 128, ... 4096.")] = 64,
     double_quant: Annotated[
         bool,
@@ -54,11 +69,13 @@ def quantize(
         qlora-rs quantize Llama-3.2-1B Llama-3.2-1B-nf4
 
         qlora-rs quantize Llama-3.2-1B out --type int8 --block-size 128 --skip 'model.layers.0.*'
+
+        qlora-rs quantize Llama-3.2-1B out --codebook=-1,-0.3,0,0.3,1
     """
     from qlora_rs import checkpoint
     from qlora_rs.spec import QuantSpec
 
-    spec = QuantSpec(quant_type, block_size, double_quant)
+    spec = QuantSpec(quant_type, block_size, double_quant, None if codebook is None else _values(codebook))
     with output.progress_bytes("quantizing") as progress:
         report = checkpoint.quantize(
             src,
@@ -76,3 +93,22 @@ def quantize(
         return
     output.print_result(str(report))
     output.message(f"{'would be written' if dry_run else 'written'} to {dst}")
+
+
+def _values(codebook: str) -> list[float]:
+    """The numbers of ``--codebook``: listed, or in a JSON file."""
+    path = Path(codebook)
+    try:
+        if path.suffix == ".json":
+            listed = json.loads(path.read_text(encoding="utf-8"))
+        else:
+            listed = [float(value) for value in codebook.split(",")]
+    except OSError as error:
+        raise ValueError(f"--codebook {codebook}: {error.strerror or error}") from None
+    except ValueError as error:
+        raise ValueError(
+            f"--codebook takes numbers separated by commas, or a JSON file that lists them; {codebook!r}: {error}"
+        ) from None
+    if not isinstance(listed, list) or not all(type(value) in (int, float) for value in listed):
+        raise ValueError(f"--codebook {codebook}: expected a JSON list of numbers")
+    return [float(value) for value in listed]

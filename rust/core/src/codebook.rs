@@ -1,5 +1,7 @@
 //! Codebooks: the values that codes stand for, and how a normalized value finds its code.
 
+use crate::byte_search::ByteSearch;
+use crate::dynamic_map::{DynamicMap, nearest_even_thresholds};
 use crate::error::CoreError;
 use crate::simd::with_ieee_floats;
 use crate::spec::QuantType;
@@ -52,6 +54,7 @@ pub struct Codebook {
     search: Search,
     zero_code: u8,
     nibble_search: Option<NibbleSearch>,
+    byte_search: Option<ByteSearch>,
 }
 
 impl Codebook {
@@ -68,11 +71,18 @@ impl Codebook {
                 let thresholds = FP4_THRESHOLD_BITS.iter().map(|&bits| f32::from_bits(bits)).collect();
                 return Some(Self::new(values, thresholds, Search::SignedMagnitude));
             }
+            QuantType::Dynamic8 => return Some(DynamicMap::Signed.codebook().clone()),
+            QuantType::Udynamic8 => return Some(DynamicMap::Unsigned.codebook().clone()),
             QuantType::Codebook => return None,
         };
         // float32 midpoints, as the reference implementation has them; x > t goes up, so a tie goes down.
         let thresholds = values.windows(2).map(|pair| f32::midpoint(pair[0], pair[1])).collect();
         Some(Self::new(values, thresholds, Search::Ascending))
+    }
+
+    /// A table whose thresholds are those of [`nearest_even_thresholds`].
+    pub(crate) fn nearest_even(values: &[f32]) -> Self {
+        Self::new(values.to_vec(), nearest_even_thresholds(values), Search::Ascending)
     }
 
     /// A user's table.
@@ -116,7 +126,8 @@ impl Codebook {
             }
         }
         let nibble_search = (values.len() <= 16).then(|| NibbleSearch::new(&thresholds));
-        Self { values, thresholds, search, zero_code: zero as u8, nibble_search }
+        let byte_search = if nibble_search.is_some() { None } else { ByteSearch::new(&thresholds) };
+        Self { values, thresholds, search, zero_code: zero as u8, nibble_search, byte_search }
     }
 
     /// float32 values, indexed by code.
@@ -162,19 +173,16 @@ impl Codebook {
         }
     }
 
-    /// The table padded with zeros to the 16 entries that a nibble can name.
-    #[must_use]
-    pub fn nibble_table(&self) -> [f32; 16] {
-        let mut table = [0.0; 16];
-        let used = self.values.len().min(16);
-        table[..used].copy_from_slice(&self.values[..used]);
-        table
-    }
-
     /// What vector code searches in; `None` for byte codes.
     #[must_use]
     pub(crate) fn nibble_search(&self) -> Option<&NibbleSearch> {
         self.nibble_search.as_ref()
+    }
+
+    /// The same for byte codes; `None` for nibbles, and where a table would be large.
+    #[must_use]
+    pub(crate) fn byte_search(&self) -> Option<&ByteSearch> {
+        self.byte_search.as_ref()
     }
 }
 

@@ -29,6 +29,38 @@ pub enum Scales<'a> {
     },
 }
 
+/// What codes stand for, padded with zeros to all that they can be.
+#[derive(Debug, Clone)]
+pub enum Table {
+    /// Codes of four bits.
+    Nibbles([f32; 16]),
+    /// Codes of eight.
+    Bytes(Box<[f32; 256]>),
+}
+
+impl Table {
+    /// Of a codebook.
+    #[must_use]
+    pub fn new(book: &Codebook) -> Self {
+        if book.bits() == 4 { Self::Nibbles(padded(book)) } else { Self::Bytes(Box::new(padded(book))) }
+    }
+
+    /// Bits that a code takes: 4 or 8.
+    #[must_use]
+    pub fn bits(&self) -> u8 {
+        match self {
+            Self::Nibbles(_) => 4,
+            Self::Bytes(_) => 8,
+        }
+    }
+}
+
+fn padded<const N: usize>(book: &Codebook) -> [f32; N] {
+    let mut table = [0.0; N];
+    table[..book.values().len()].copy_from_slice(book.values());
+    table
+}
+
 /// Scales decoded at a time; they stay in the first-level cache.
 const SCALE_BATCH: usize = 256;
 /// Outputs from this size on are written past the caches: the next reader would find little of them there.
@@ -85,7 +117,7 @@ pub fn dequantize_at(
             if fits { "" } else { ", and scales of other lengths" }
         )));
     }
-    let table = spec.codebook().nibble_table();
+    let table = Table::new(spec.codebook());
     let streaming = layout.elements() * out.float_type().size() >= STREAMING_BYTES;
     let job = Job { level, codes, scales, layout, spec, runs: layout.runs(), table, streaming };
     match out {
@@ -102,7 +134,7 @@ struct Job<'a> {
     layout: &'a Layout,
     spec: &'a QuantSpec,
     runs: Runs,
-    table: [f32; 16],
+    table: Table,
     streaming: bool,
 }
 
@@ -186,13 +218,12 @@ impl Job<'_> {
         while block < blocks.end {
             let element = runs.element(block) - base;
             let bytes = &self.codes[runs.byte(block)..];
-            let full =
-                if self.level == SimdLevel::Scalar || !runs.nibbles { 0 } else { runs.full_blocks(block, blocks.end) };
+            let full = if self.level == SimdLevel::Scalar { 0 } else { runs.full_blocks(block, blocks.end) };
             if full > 0 {
                 let elements = full * runs.block_size;
-                T::decode_nibbles(
+                T::decode(
                     self.level,
-                    &bytes[..elements / 2],
+                    &bytes[..elements * usize::from(self.table.bits()) / 8],
                     &absmax[block - first..block - first + full],
                     runs.block_size,
                     &self.table,
@@ -202,12 +233,7 @@ impl Job<'_> {
                 block += full;
             } else {
                 let out = &mut out[element..element + runs.len(block)];
-                let absmax = absmax[block - first];
-                if runs.nibbles {
-                    dequantize_nibbles(bytes, absmax, &self.table, out);
-                } else {
-                    dequantize_bytes(bytes, absmax, self.spec.codebook(), out);
-                }
+                dequantize_block(bytes, absmax[block - first], &self.table, out);
                 block += 1;
             }
         }
@@ -232,21 +258,24 @@ pub(crate) fn first_unknown_code(codes: &[u8], runs: &Runs, entries: usize) -> O
     None
 }
 
-/// The truth: one block of nibble codes. A block has at most 16 different elements, so each is rounded only once.
-pub(crate) fn dequantize_nibbles<T: Element>(bytes: &[u8], absmax: f32, table: &[f32; 16], out: &mut [T]) {
-    let values = table.map(|entry| T::narrow(decode(entry, absmax)));
-    for (pair, byte) in out.chunks_mut(2).zip(bytes) {
-        pair[0] = values[usize::from(byte >> 4)];
-        if let Some(odd) = pair.get_mut(1) {
-            *odd = values[usize::from(byte & 15)];
+/// The truth: one block, whose codes lie at the start of `bytes`.
+pub(crate) fn dequantize_block<T: Element>(bytes: &[u8], absmax: f32, table: &Table, out: &mut [T]) {
+    match table {
+        Table::Nibbles(table) => {
+            // At most 16 different elements: each is rounded only once.
+            let values = table.map(|entry| T::narrow(decode(entry, absmax)));
+            for (pair, byte) in out.chunks_mut(2).zip(bytes) {
+                pair[0] = values[usize::from(byte >> 4)];
+                if let Some(odd) = pair.get_mut(1) {
+                    *odd = values[usize::from(byte & 15)];
+                }
+            }
         }
-    }
-}
-
-/// The truth: one block of byte codes.
-fn dequantize_bytes<T: Element>(bytes: &[u8], absmax: f32, book: &Codebook, out: &mut [T]) {
-    for (value, code) in out.iter_mut().zip(bytes) {
-        *value = T::narrow(decode(book.values()[usize::from(*code)], absmax));
+        Table::Bytes(table) => {
+            for (value, code) in out.iter_mut().zip(bytes) {
+                *value = T::narrow(decode(table[usize::from(*code)], absmax));
+            }
+        }
     }
 }
 

@@ -1,13 +1,13 @@
 //! Scales of scales: the float32 scales of each expert as 8-bit codes, a scale per 256 blocks, and an offset.
 
 use crate::control::Control;
-use crate::dynamic_map::{DynamicEncoder, dynamic_map_signed};
+use crate::dynamic_map::{DynamicMap, dynamic_map_signed};
 use crate::error::CoreError;
 use crate::float::CANONICAL_NAN;
 use crate::layout::NESTED_BLOCK_SIZE;
+use crate::optimizer_state::encode_block;
 use crate::parallel::Parallel;
-use crate::quantize::Normalizer;
-use crate::simd::with_ieee_floats;
+use crate::simd::{SimdLevel, simd_level, with_ieee_floats};
 
 /// Code of 0 in the signed dynamic map.
 const ZERO: u8 = 127;
@@ -28,6 +28,7 @@ pub fn double_quantize(
     parallel: &Parallel,
     control: &Control,
 ) -> Result<(), CoreError> {
+    let level = simd_level()?;
     let groups = blocks_per_expert.div_ceil(NESTED_BLOCK_SIZE);
     let experts = offset.len();
     if absmax.len() != experts * blocks_per_expert || codes.len() != absmax.len() || scale.len() != experts * groups {
@@ -53,7 +54,7 @@ pub fn double_quantize(
         parallel.for_each(pieces, control, |((absmax, codes), scale)| {
             let groups = absmax.chunks(NESTED_BLOCK_SIZE).zip(codes.chunks_mut(NESTED_BLOCK_SIZE));
             for ((absmax, codes), scale) in groups.zip(scale) {
-                *scale = quantize_group(absmax, centre, codes);
+                *scale = quantize_group(level, absmax, centre, codes);
             }
         })?;
     }
@@ -61,21 +62,16 @@ pub fn double_quantize(
 }
 
 /// Codes of one group, and its scale.
-fn quantize_group(absmax: &[f32], offset: f32, codes: &mut [u8]) -> f32 {
+fn quantize_group(level: SimdLevel, absmax: &[f32], offset: f32, codes: &mut [u8]) -> f32 {
     if !absmax.iter().all(|value| value.is_finite()) {
         codes.fill(ZERO);
         return CANONICAL_NAN;
     }
-    let scale = absmax.iter().fold(0.0f32, |top, value| top.max((value - offset).abs()));
-    if scale == 0.0 {
-        codes.fill(ZERO);
-        return 0.0;
+    let mut centred = [0.0; NESTED_BLOCK_SIZE];
+    for (centred, value) in centred.iter_mut().zip(absmax) {
+        *centred = value - offset;
     }
-    let (normalizer, encoder) = (Normalizer::new(scale), DynamicEncoder::get());
-    for (code, value) in codes.iter_mut().zip(absmax) {
-        *code = encoder.encode(normalizer.apply(value - offset));
-    }
-    scale
+    encode_block(level, DynamicMap::Signed, &centred[..absmax.len()], codes)
 }
 
 /// Mean of the finite values: a float64 sum over a fixed tree (256 consecutive values in index order, then the partial

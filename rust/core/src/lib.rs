@@ -6,6 +6,7 @@
 #[cfg(not(target_arch = "x86_64"))]
 compile_error!("qlora-core supports x86-64 only");
 
+mod byte_search;
 pub mod codebook;
 pub mod control;
 pub mod dequantize;
@@ -15,6 +16,7 @@ pub mod error;
 pub mod float;
 pub mod layout;
 pub mod matvec;
+pub mod optimizer_state;
 pub mod pack;
 pub mod parallel;
 pub mod quantize;
@@ -26,11 +28,12 @@ pub use codebook::{Codebook, Search};
 pub use control::Control;
 pub use dequantize::{Scales, dequantize};
 pub use double_quant::double_quantize;
-pub use dynamic_map::{dynamic_map_signed, dynamic_thresholds};
+pub use dynamic_map::{DynamicMap, dynamic_map_signed, dynamic_thresholds};
 pub use error::CoreError;
 pub use float::{FloatType, Floats, FloatsMut};
 pub use layout::{Layout, NESTED_BLOCK_SIZE};
 pub use matvec::{PackedMatrix, linear};
+pub use optimizer_state::{STATE_BLOCK_SIZE, dequantize_state, quantize_state};
 pub use parallel::Parallel;
 pub use quantize::{Nonfinite, quantize};
 pub use simd::{SimdLevel, simd_level};

@@ -125,15 +125,16 @@ fn quantize_piece<T: simd::Kernels>(level: SimdLevel, piece: &mut Piece<'_, T>, 
     while block < last {
         let element = runs.element(block) - element_base;
         let byte = runs.byte(block) - byte_base;
-        let full = if level == SimdLevel::Scalar || !runs.nibbles { 0 } else { runs.full_blocks(block, last) };
+        let full = if level == SimdLevel::Scalar { 0 } else { runs.full_blocks(block, last) };
         if full > 0 {
             let elements = full * runs.block_size;
-            finite &= T::encode_nibbles(
+            let bytes = if runs.nibbles { elements / 2 } else { elements };
+            finite &= T::encode(
                 level,
                 &piece.input[element..element + elements],
                 runs.block_size,
                 spec.codebook(),
-                &mut piece.codes[byte..byte + elements / 2],
+                &mut piece.codes[byte..byte + bytes],
                 &mut piece.absmax[block - first..block - first + full],
             );
             block += full;

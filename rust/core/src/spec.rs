@@ -19,13 +19,18 @@ pub enum QuantType {
     Int4,
     /// Symmetric integers -127..127.
     Int8,
+    /// The signed dynamic map: 8 bits, finer towards zero.
+    Dynamic8,
+    /// The unsigned one, for what is never negative: the nearest to a negative value is 0.
+    Udynamic8,
     /// A table given by the user.
     Codebook,
 }
 
 impl QuantType {
     /// All of them, in the order in which messages name them.
-    pub const ALL: [Self; 5] = [Self::Nf4, Self::Fp4, Self::Int4, Self::Int8, Self::Codebook];
+    pub const ALL: [Self; 7] =
+        [Self::Nf4, Self::Fp4, Self::Int4, Self::Int8, Self::Dynamic8, Self::Udynamic8, Self::Codebook];
 
     /// The name that users type.
     #[must_use]
@@ -35,6 +40,8 @@ impl QuantType {
             Self::Fp4 => "fp4",
             Self::Int4 => "int4",
             Self::Int8 => "int8",
+            Self::Dynamic8 => "dynamic8",
+            Self::Udynamic8 => "udynamic8",
             Self::Codebook => "codebook",
         }
     }

@@ -4,7 +4,7 @@ use half::{bf16, f16};
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 use qlora_core::{
-    Control, CoreError, FloatType, Floats, FloatsMut, Layout, Nonfinite, PackedMatrix, Parallel, Scales,
+    Control, CoreError, DynamicMap, FloatType, Floats, FloatsMut, Layout, Nonfinite, PackedMatrix, Parallel, Scales,
     dequantize as core_dequantize, double_quantize as core_double_quantize, linear as core_linear,
     quantize as core_quantize,
 };
@@ -218,10 +218,12 @@ pub fn linear(
     run(py, layout.elements(), |control| core_linear(&matrix, x, bias, y, &parallel, control))
 }
 
-/// The 256 float32 values of the signed 8-bit dynamic map, which double quantization uses.
+/// The 256 float32 values of the signed 8-bit dynamic map, which double quantization uses, or of the unsigned one.
 #[pyfunction]
-pub fn dynamic_map() -> Vec<f32> {
-    qlora_core::dynamic_map_signed().to_vec()
+#[pyo3(signature = (signed=true))]
+pub fn dynamic_map(signed: bool) -> Vec<f32> {
+    let map = if signed { DynamicMap::Signed } else { DynamicMap::Unsigned };
+    map.codebook().values().to_vec()
 }
 
 /// The instruction set that the kernels use here: "scalar", "avx2" or "avx512" (`QLORA_RS_SIMD` lowers it).

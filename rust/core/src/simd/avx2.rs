@@ -24,6 +24,12 @@ pub(super) trait Lanes: Element {
     /// 32 elements are writable at `to`; the processor has AVX2.
     unsafe fn store(codes: __m128i, table: &[Self; 16], to: *mut Self);
 
+    /// Write eight products, rounded.
+    ///
+    /// # Safety
+    /// Eight elements are writable at `to`; the processor has AVX2 and F16C.
+    unsafe fn put(products: __m256, to: *mut Self);
+
     /// The elements nearest to 16 products.
     ///
     /// # Safety
@@ -62,6 +68,13 @@ impl Lanes for f32 {
             }
         }
     }
+
+    #[inline]
+    #[target_feature(enable = "avx2,fma,f16c")]
+    unsafe fn put(products: __m256, to: *mut Self) {
+        // SAFETY: the caller's promise.
+        unsafe { _mm256_storeu_ps(to, products) };
+    }
 }
 
 impl Lanes for bf16 {
@@ -79,6 +92,19 @@ impl Lanes for bf16 {
         // SAFETY: the caller's promise; the table has 16 words.
         unsafe { store_words(codes, table.as_ptr().cast(), to.cast()) };
     }
+
+    #[inline]
+    #[target_feature(enable = "avx2,fma,f16c")]
+    unsafe fn put(products: __m256, to: *mut Self) {
+        // A NaN here is the canonical one, which this rounding keeps.
+        let bits = _mm256_castps_si256(products);
+        let odd = _mm256_and_si256(_mm256_srli_epi32::<16>(bits), _mm256_set1_epi32(1));
+        let rounded = _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), odd);
+        let words = _mm256_srli_epi32::<16>(rounded);
+        let words = _mm_packus_epi32(_mm256_castsi256_si128(words), _mm256_extracti128_si256::<1>(words));
+        // SAFETY: the caller's promise; eight bf16 are 16 bytes.
+        unsafe { _mm_storeu_si128(to.cast(), words) };
+    }
 }
 
 impl Lanes for f16 {
@@ -94,6 +120,14 @@ impl Lanes for f16 {
     unsafe fn store(codes: __m128i, table: &[Self; 16], to: *mut Self) {
         // SAFETY: the caller's promise; the table has 16 words.
         unsafe { store_words(codes, table.as_ptr().cast(), to.cast()) };
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx2,fma,f16c")]
+    unsafe fn put(products: __m256, to: *mut Self) {
+        let words = _mm256_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(products);
+        // SAFETY: the caller's promise; eight f16 are 16 bytes.
+        unsafe { _mm_storeu_si128(to.cast(), words) };
     }
 
     #[inline]
@@ -218,7 +252,7 @@ pub(super) unsafe fn encode<T: Lanes>(
 /// `len` elements, a multiple of 32, are readable at `from`; the processor has AVX2 and F16C.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
-unsafe fn top<T: Lanes>(from: *const T, len: usize) -> u32 {
+pub(super) unsafe fn top<T: Lanes>(from: *const T, len: usize) -> u32 {
     let magnitude = _mm256_set1_epi32(0x7fff_ffff);
     let mut top = _mm256_setzero_si256();
     for element in (0..len).step_by(8) {

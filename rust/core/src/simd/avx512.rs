@@ -29,6 +29,12 @@ pub(super) trait Lanes: Element {
     /// `len` elements, a multiple of 32, are writable at `to` and half as many bytes readable at `codes`; where
     /// `streaming`, `to` is aligned to 64 bytes; the processor has AVX-512.
     unsafe fn store(codes: *const u8, products: __m512, streaming: bool, len: usize, to: *mut Self);
+
+    /// Write 32 elements, rounded: 0-3, 8-11, 16-19, 24-27 from the first vector, the others from the second.
+    ///
+    /// # Safety
+    /// 32 elements are writable at `to`, which is aligned to 64 bytes where `streaming`; the processor has AVX-512.
+    unsafe fn put(products: [__m512; 2], streaming: bool, to: *mut Self);
 }
 
 impl Lanes for f32 {
@@ -67,6 +73,18 @@ impl Lanes for f32 {
             unsafe { put(values, streaming, to.add(element).cast()) };
         }
     }
+
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")]
+    unsafe fn put(products: [__m512; 2], streaming: bool, to: *mut Self) {
+        let [a, b] = products.map(|products| _mm512_castps_si512(products));
+        let (low, high) = (_mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11), _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15));
+        // SAFETY: the caller's promise.
+        unsafe {
+            put(_mm512_permutex2var_epi64(a, low, b), streaming, to.cast());
+            put(_mm512_permutex2var_epi64(a, high, b), streaming, to.add(16).cast());
+        }
+    }
 }
 
 impl Lanes for bf16 {
@@ -88,13 +106,17 @@ impl Lanes for bf16 {
     #[inline]
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")]
     unsafe fn store(codes: *const u8, products: __m512, streaming: bool, len: usize, to: *mut Self) {
-        // NOTE: vcvtneps2bf16 flushes subnormals. A NaN here is the canonical one, which this rounding keeps.
-        let bits = _mm512_castps_si512(products);
-        let odd = _mm512_and_si512(_mm512_srli_epi32::<16>(bits), _mm512_set1_epi32(1));
-        let rounded = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd);
-        let table = _mm512_cvtepi32_epi16(_mm512_srli_epi32::<16>(rounded));
+        let table = _mm512_cvtepi32_epi16(round_to_bf16(products));
         // SAFETY: the caller's promise.
         unsafe { store_words(codes, table, streaming, len, to.cast()) };
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")]
+    unsafe fn put(products: [__m512; 2], streaming: bool, to: *mut Self) {
+        let [a, b] = products.map(|products| round_to_bf16(products));
+        // SAFETY: the caller's promise.
+        unsafe { put(_mm512_packus_epi32(a, b), streaming, to.cast()) };
     }
 }
 
@@ -121,6 +143,27 @@ impl Lanes for f16 {
         // SAFETY: the caller's promise.
         unsafe { store_words(codes, table, streaming, len, to.cast()) };
     }
+
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")]
+    unsafe fn put(products: [__m512; 2], streaming: bool, to: *mut Self) {
+        let [a, b] = products.map(|products| _mm512_cvtps_ph::<{ _MM_FROUND_TO_NEAREST_INT }>(products));
+        let both = _mm512_inserti64x4::<1>(_mm512_castsi256_si512(a), b);
+        let order = _mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7);
+        // SAFETY: the caller's promise.
+        unsafe { put(_mm512_permutexvar_epi64(order, both), streaming, to.cast()) };
+    }
+}
+
+/// The nearest bfloat16 of each product, in the lower half of its lane.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")]
+fn round_to_bf16(products: __m512) -> __m512i {
+    // NOTE: vcvtneps2bf16 flushes subnormals. A NaN here is the canonical one, which this rounding keeps.
+    let bits = _mm512_castps_si512(products);
+    let odd = _mm512_and_si512(_mm512_srli_epi32::<16>(bits), _mm512_set1_epi32(1));
+    let rounded = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd);
+    _mm512_srli_epi32::<16>(rounded)
 }
 
 /// Largest magnitude of 16-bit floats, which without sign order like their bits.

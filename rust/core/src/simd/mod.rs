@@ -2,6 +2,8 @@
 
 mod avx2;
 mod avx512;
+mod bytes_avx2;
+mod bytes_avx512;
 mod float_mode;
 mod matvec;
 mod matvec_avx2;
@@ -14,7 +16,7 @@ use std::sync::OnceLock;
 use half::{bf16, f16};
 
 use crate::codebook::{Codebook, NibbleSearch};
-use crate::dequantize::dequantize_nibbles;
+use crate::dequantize::{Table, dequantize_block};
 use crate::error::CoreError;
 use crate::float::Element;
 use crate::quantize::quantize_block;
@@ -90,12 +92,13 @@ fn choose(wish: Option<&str>, detected: SimdLevel) -> Result<SimdLevel, CoreErro
     Ok(level)
 }
 
-/// Whole blocks of nibble codes, for one float type.
+/// Whole blocks of codes, for one float type.
 ///
 /// NOTE: `level` above [`SimdLevel::detected`] panics, so these are safe to call with any argument.
 pub trait Kernels: Element {
-    /// Quantize `absmax.len()` full blocks. Returns whether every element was finite.
-    fn encode_nibbles(
+    /// Quantize `absmax.len()` full blocks to the codes, nibbles or bytes, of a codebook. Returns whether every element
+    /// was finite.
+    fn encode(
         level: SimdLevel,
         input: &[Self],
         block_size: usize,
@@ -105,12 +108,12 @@ pub trait Kernels: Element {
     ) -> bool;
 
     /// Dequantize `absmax.len()` full blocks; `streaming` keeps the output out of the caches.
-    fn decode_nibbles(
+    fn decode(
         level: SimdLevel,
         codes: &[u8],
         absmax: &[f32],
         block_size: usize,
-        table: &[f32; 16],
+        table: &Table,
         streaming: bool,
         out: &mut [Self],
     );
@@ -119,7 +122,7 @@ pub trait Kernels: Element {
 macro_rules! kernels {
     ($($float:ty),*) => {$(
         impl Kernels for $float {
-            fn encode_nibbles(
+            fn encode(
                 level: SimdLevel,
                 input: &[Self],
                 block_size: usize,
@@ -127,38 +130,55 @@ macro_rules! kernels {
                 codes: &mut [u8],
                 absmax: &mut [f32],
             ) -> bool {
-                check(level, block_size, absmax.len(), input.len(), codes.len());
+                check(level, block_size, absmax.len(), input.len(), codes.len(), book.bits());
+                if level == SimdLevel::Scalar {
+                    return encode_blocks(input, block_size, book, codes, absmax);
+                }
+                if let Some(search) = book.byte_search() {
+                    // SAFETY: `check` saw that the processor has the features (AVX-512 implies AVX2) and that the
+                    // lengths fit.
+                    return unsafe { bytes_avx2::encode(input, block_size, book, search, codes, absmax) };
+                }
                 match (level, book.nibble_search()) {
                     (SimdLevel::Avx512, Some(NibbleSearch { cells: Some(cells), .. })) => {
-                        // SAFETY: `check` saw that the processor has the features and that the lengths fit.
+                        // SAFETY: as above.
                         unsafe { avx512::encode(input, block_size, book, cells, codes, absmax) }
                     }
-                    (SimdLevel::Avx2 | SimdLevel::Avx512, Some(search)) => {
+                    (_, Some(search)) => {
                         // SAFETY: as above; AVX-512 implies AVX2.
                         unsafe { avx2::encode(input, block_size, book, search, codes, absmax) }
                     }
-                    _ => encode_blocks(input, block_size, book, codes, absmax),
+                    (_, None) => encode_blocks(input, block_size, book, codes, absmax),
                 }
             }
 
-            fn decode_nibbles(
+            fn decode(
                 level: SimdLevel,
                 codes: &[u8],
                 absmax: &[f32],
                 block_size: usize,
-                table: &[f32; 16],
+                table: &Table,
                 streaming: bool,
                 out: &mut [Self],
             ) {
-                check(level, block_size, absmax.len(), out.len(), codes.len());
-                match level {
-                    // SAFETY: `check` saw that the processor has the features and that the lengths fit.
-                    SimdLevel::Avx512 => unsafe {
-                        avx512::decode_blocks(codes, absmax, block_size, table, streaming, out);
-                    },
-                    // SAFETY: as above.
-                    SimdLevel::Avx2 => unsafe { avx2::decode_blocks(codes, absmax, block_size, table, out) },
-                    SimdLevel::Scalar => decode_blocks(codes, absmax, block_size, table, out),
+                check(level, block_size, absmax.len(), out.len(), codes.len(), table.bits());
+                // SAFETY: `check` saw that the processor has the features and that the lengths fit.
+                unsafe {
+                    match (level, table) {
+                        (SimdLevel::Avx512, Table::Nibbles(table)) => {
+                            avx512::decode_blocks(codes, absmax, block_size, table, streaming, out);
+                        }
+                        (SimdLevel::Avx512, Table::Bytes(table)) => {
+                            bytes_avx512::decode(codes, absmax, block_size, table, streaming, out);
+                        }
+                        (SimdLevel::Avx2, Table::Nibbles(table)) => {
+                            avx2::decode_blocks(codes, absmax, block_size, table, out);
+                        }
+                        (SimdLevel::Avx2, Table::Bytes(table)) => {
+                            bytes_avx2::decode(codes, absmax, block_size, table, out);
+                        }
+                        (SimdLevel::Scalar, _) => decode_blocks(codes, absmax, block_size, table, out),
+                    }
                 }
             }
         }
@@ -168,9 +188,10 @@ macro_rules! kernels {
 kernels!(f32, bf16, f16);
 
 /// What the kernels' memory accesses rest on.
-fn check(level: SimdLevel, block_size: usize, blocks: usize, elements: usize, bytes: usize) {
+fn check(level: SimdLevel, block_size: usize, blocks: usize, elements: usize, bytes: usize, bits: u8) {
     assert!(level <= SimdLevel::detected(), "the processor has no {}", level.as_str());
-    assert!(block_size.is_multiple_of(32) && elements == blocks * block_size && 2 * bytes == elements);
+    assert!(block_size.is_multiple_of(32) && elements == blocks * block_size);
+    assert!(8 * bytes == usize::from(bits) * elements);
 }
 
 fn encode_blocks<T: Element>(
@@ -181,7 +202,8 @@ fn encode_blocks<T: Element>(
     absmax: &mut [f32],
 ) -> bool {
     let mut finite = true;
-    let blocks = input.chunks_exact(block_size).zip(codes.chunks_exact_mut(block_size / 2));
+    let bytes = block_size * usize::from(book.bits()) / 8;
+    let blocks = input.chunks_exact(block_size).zip(codes.chunks_exact_mut(bytes));
     for ((input, codes), absmax) in blocks.zip(absmax) {
         *absmax = quantize_block(input, book, codes);
         finite &= absmax.is_finite();
@@ -189,10 +211,11 @@ fn encode_blocks<T: Element>(
     finite
 }
 
-fn decode_blocks<T: Element>(codes: &[u8], absmax: &[f32], block_size: usize, table: &[f32; 16], out: &mut [T]) {
-    let blocks = codes.chunks_exact(block_size / 2).zip(out.chunks_exact_mut(block_size));
+fn decode_blocks<T: Element>(codes: &[u8], absmax: &[f32], block_size: usize, table: &Table, out: &mut [T]) {
+    let bytes = block_size * usize::from(table.bits()) / 8;
+    let blocks = codes.chunks_exact(bytes).zip(out.chunks_exact_mut(block_size));
     for ((codes, out), absmax) in blocks.zip(absmax) {
-        dequantize_nibbles(codes, *absmax, table, out);
+        dequantize_block(codes, *absmax, table, out);
     }
 }
 

@@ -17,15 +17,18 @@ pub fn levels() -> impl Iterator<Item = SimdLevel> {
     SimdLevel::ALL.into_iter().filter(|level| *level <= SimdLevel::detected())
 }
 
-/// Every data type; the user's tables are a clustered one of 16, which no cell table can hold, a short and a long one.
+/// Every data type; the user's tables are one of 16 and one of 200 that are clustered, which no cell table can hold, two
+/// short ones and a long one.
 pub fn specs(block_size: usize) -> Vec<QuantSpec> {
-    let mut specs: Vec<_> = [QuantType::Nf4, QuantType::Fp4, QuantType::Int4, QuantType::Int8]
+    let mut specs: Vec<_> = QuantType::ALL
         .into_iter()
+        .filter(|quant_type| *quant_type != QuantType::Codebook)
         .map(|quant_type| QuantSpec::new(quant_type, block_size, false, None).expect("built in"))
         .collect();
     let clustered: Vec<f32> = (0..16).map(|i| 0.3 + 1e-4 * i as f32).collect();
     let long: Vec<f32> = (0..99).map(|i| (i as f32 / 49.0 - 1.0).powi(3)).collect();
-    for values in [clustered, vec![-1.0, 0.3, 0.5, 1.0], vec![-0.25, 0.25], long] {
+    let dense: Vec<f32> = (0..200).map(|i| 0.3 + 1e-5 * i as f32).collect();
+    for values in [clustered, dense, vec![-1.0, 0.3, 0.5, 1.0], vec![-0.25, 0.25], long] {
         specs.push(QuantSpec::new(QuantType::Codebook, block_size, false, Some(&values)).expect("valid"));
     }
     specs

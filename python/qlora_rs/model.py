@@ -16,6 +16,8 @@ from torch import nn
 
 from qlora_rs import _core, ops
 from qlora_rs.checkpoint.choice import FLOAT_DTYPES as FLOAT_DTYPE_NAMES
+from qlora_rs.checkpoint.choice import choose_tensors
+from qlora_rs.checkpoint.dequantized import open_float_source
 from qlora_rs.checkpoint.flat import METHOD as FLAT_METHOD
 from qlora_rs.checkpoint.inspection import inspect
 from qlora_rs.checkpoint.placing import DeviceFolder, packed_parts
@@ -25,6 +27,7 @@ from qlora_rs.errors import DeviceError, FormatError, NonFiniteError, Unsupporte
 from qlora_rs.linear import Linear4bit
 from qlora_rs.lora import replace_module
 from qlora_rs.packed import FLOAT_DTYPES, PackedTensor
+from qlora_rs.quantization import quantize
 from qlora_rs.report import PackedEntry, QuantizeReport, SkippedEntry
 from qlora_rs.selection import select_linear
 from qlora_rs.spec import QuantSpec
@@ -40,7 +43,8 @@ def from_pretrained(
 
     A packed folder, of this library or of bitsandbytes in 4 bits, is loaded as it is, byte for byte. A folder in 16 or
     32 bits is quantized on the way in, weight by weight, to the bytes that `checkpoint.quantize` writes: memory never
-    holds more than one float weight beside them.
+    holds more than one float weight beside them. So are the values of one that GPTQ, AWQ or compressed-tensors (packed
+    integers) quantized; the errors of both add up.
 
     Args:
         path: a model folder (``config.json``, safetensors).
@@ -79,8 +83,11 @@ def from_pretrained(
         if info.format == FLAT_METHOD:
             return _load_flat(transformers, folder, target, info.spec, place)
         return _load(transformers, folder, target, None, place)
+    if info.schemes:
+        return _load_foreign(transformers, folder, target, QuantSpec() if spec is None else spec, place)
     if info.config is not None:
-        raise UnsupportedError(f"{folder}: is quantized by {info.format!r}; start from the 16-bit model")
+        known = f"{folder}: is quantized by {info.format!r}; start from the 16-bit model"
+        raise UnsupportedError(info.unread or known)
     asked = QloraRsConfig.of(QuantSpec() if spec is None else spec)
     # In the type of the files (or float32, which holds all of them), so that exactly their values are quantized; what
     # stays in floats is cast afterwards.
@@ -280,6 +287,36 @@ def _load_flat(transformers: Any, folder: Path, dtype: torch.dtype, spec: QuantS
         model, loading = _build(cls, None, dtype, config=config, state_dict=kept, generation_config=generation)
     _check_whole(folder, model, loading)
     fill_awaited(model, lambda name, shape, float_dtype: _copied(reader.packed(name, shape, spec, float_dtype)))
+    _name_after(model, str(folder))
+    return model.to(device)
+
+
+def _load_foreign(transformers: Any, folder: Path, dtype: torch.dtype, spec: QuantSpec, device: torch.device) -> Any:
+    """A model whose weights are quantized from the values of another library's codes, each when its layer is filled."""
+    from qlora_rs.integrations.transformers import QloraRsConfig, fill_awaited
+
+    source = open_float_source(folder)
+    reader = TensorReader(source)
+    with _quiet(transformers):
+        choice = choose_tensors(source)
+    awaited = set(choice.packed)
+    kept = {name: reader.stored(name).clone() for name in source.tensors if name not in awaited}
+    with _errors(transformers, folder, None):
+        config = transformers.AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+        shapes = {name: source.tensors[name].shape for name in choice.packed}
+        config.quantization_config = {**QloraRsConfig.of(spec).to_dict(), "awaited": shapes}
+        generation = _generation_config(transformers, str(folder))
+        cls = _model_class(transformers, folder)
+        model, loading = _build(cls, None, dtype, config=config, state_dict=kept, generation_config=generation)
+    _check_whole(folder, model, loading)
+
+    def packed(name: str, shape: tuple[int, int], float_dtype: torch.dtype) -> PackedTensor:
+        try:
+            return replace(quantize(reader.stored(name).to(device), spec), dtype=float_dtype)
+        except NonFiniteError as error:
+            raise NonFiniteError(f"{folder / source.tensors[name].file}: {name}: {error}") from None
+
+    fill_awaited(model, packed)
     _name_after(model, str(folder))
     return model.to(device)
 

@@ -13,8 +13,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from qlora_rs import FormatError, UnsupportedError
-from qlora_rs.checkpoint import convert, inspect, open_weights
+from qlora_rs import FormatError, UnsupportedError, from_pretrained
+from qlora_rs.checkpoint import convert, inspect, open_weights, quantize
 
 GOLDEN = Path(__file__).resolve().parent.parent / "golden" / "foreign"
 GPTQ, ORDERED, AWQ = "gptq-4bit-g32-sym", "gptq-4bit-g32-asym-act-order", "awq-g32"
@@ -238,3 +238,24 @@ def test_each_weight_may_have_bits_of_its_own_where_the_config_says_so(altered) 
 def test_old_gptq_files_without_indices_have_columns_in_order(altered) -> None:
     folder = altered(GPTQ, without("g_idx"))
     assert torch.equal(open_weights(folder)(f"{DOWN}.weight"), open_weights(GOLDEN / GPTQ)(f"{DOWN}.weight"))
+
+
+@pytest.mark.parametrize("case", ["marlin", "gemv", "3 packed bits"])
+def test_what_is_not_read_is_neither_quantized_nor_loaded(altered, case) -> None:
+    name, change, message = UNREAD[case]
+    folder = altered(name, change)
+    with pytest.raises(UnsupportedError, match=message):
+        quantize(folder, folder.parent / "out")
+    with pytest.raises(UnsupportedError, match=message):
+        from_pretrained(folder)
+
+
+@pytest.mark.parametrize("case", INDICES)
+def test_wrong_indices_leave_no_output_and_no_model(altered, case) -> None:
+    name, change, message = INDICES[case]
+    folder = altered(name, change)
+    with pytest.raises(FormatError, match=message):
+        quantize(folder, folder.parent / "out")
+    assert os.listdir(folder.parent) == ["altered"]
+    with pytest.raises(FormatError, match=message):
+        from_pretrained(folder)

@@ -16,8 +16,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import qlora_rs
-from qlora_rs import UnsupportedError
-from qlora_rs.checkpoint import convert, diff, foreign, inspect, open_weights
+from qlora_rs import QuantSpec, UnsupportedError
+from qlora_rs.checkpoint import convert, diff, foreign, inspect, open_weights, quantize, verify
 from qlora_rs.checkpoint.dequantized import open_float_source
 from qlora_rs.checkpoint.grouped import unpack
 from qlora_rs.checkpoint.slices import SliceReader
@@ -190,3 +190,91 @@ def test_a_stream_of_bits_is_unpacked(bits, count) -> None:
         values = [(stream >> (32 * word)) & 0xFFFFFFFF for word in range(size)]
         words.append([value - (1 << 32) if value >> 31 else value for value in values])
     assert torch.equal(unpack(torch.tensor(words, dtype=torch.int32), bits, count).long(), codes)
+
+
+@pytest.mark.parametrize("name", ["gptq-3bit-g32-sym-act-order", "awq-g32", "ct-int4-g32-asym"])
+def test_quantized_it_is_what_quantizing_its_16_bit_model_gives(name, tmp_path, load_folder) -> None:
+    report = quantize(GOLDEN / name, tmp_path / "packed")
+    convert(GOLDEN / name, tmp_path / "plain", exact(name))
+    quantize(tmp_path / "plain", tmp_path / "expected")
+    ours, theirs = load_folder(tmp_path / "packed"), load_folder(tmp_path / "expected")
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+    assert (tmp_path / "packed" / "config.json").read_bytes() == (tmp_path / "expected" / "config.json").read_bytes()
+    assert "their values are quantized anew, and the errors of both add up" in report.notes[-1]
+    assert (len(report.packed), len(report.skipped)) == (7, 5)
+    assert report.bytes_after == sum(tensor.nbytes for tensor in theirs.values())
+
+
+def test_what_was_quantized_is_verified_against_the_folder(tmp_path) -> None:
+    folder = tmp_path / "awq"
+    shutil.copytree(GOLDEN / "awq-g32", folder)
+    quantize(folder, tmp_path / "packed", QuantSpec("int8", 32, False))
+    report = verify(tmp_path / "packed", folder)
+    assert report.same
+    assert [file.same for file in report.files] == [True]
+    shutil.copytree(GOLDEN / "gptq-4bit-g32-sym", folder, dirs_exist_ok=True)
+    assert not verify(tmp_path / "packed", folder).same
+
+
+def test_a_dry_run_reports_the_same_and_writes_nothing(tmp_path) -> None:
+    real = quantize(GOLDEN / "awq-g32", tmp_path / "packed", max_shard_size=9_000)
+    dry = quantize(GOLDEN / "awq-g32", tmp_path / "other", dry_run=True)
+    assert dry == real
+    assert [path.name for path in tmp_path.iterdir()] == ["packed"]
+    assert len(list((tmp_path / "packed").glob("*.safetensors"))) == 4
+
+
+def test_each_weight_is_dequantized_once(tmp_path, monkeypatch) -> None:
+    from qlora_rs.checkpoint.awq import AwqWeight
+
+    made: list[str] = []
+    rows = AwqWeight.rows
+
+    def counted(self, stored, first, count):
+        made.append(self.name)
+        return rows(self, stored, first, count)
+
+    monkeypatch.setattr(AwqWeight, "rows", counted)
+    quantize(GOLDEN / "awq-g32", tmp_path / "packed")
+    assert sorted(made) == sorted(expected("awq-g32"))
+
+
+def test_progress_ends_where_it_said(tmp_path) -> None:
+    seen: list[tuple[int, int]] = []
+    quantize(GOLDEN / "awq-g32", tmp_path / "packed", progress=lambda done, total: seen.append((done, total)))
+    assert seen[-1][0] == seen[-1][1]
+    assert [done for done, _ in seen] == sorted(done for done, _ in seen)
+
+
+@pytest.mark.parametrize("name", ["gptqmodel-4bit-g32-asym-gptq", "awq-channel", "ct-int4-g32-sym-act-order"])
+def test_loaded_it_has_the_bytes_of_the_quantized_folder(name, tmp_path, load_folder) -> None:
+    spec = QuantSpec("fp4", 32, double_quant=False)
+    quantize(GOLDEN / name, tmp_path / "packed", spec)
+    model = qlora_rs.from_pretrained(GOLDEN / name, spec, dtype=torch.float32)
+    stored = load_folder(tmp_path / "packed")
+    state = model.state_dict()
+    assert state.keys() == stored.keys()
+    for key, tensor in stored.items():
+        assert torch.equal(state[key], tensor.to(state[key].dtype)), key
+    assert {p.dtype for p in model.parameters()} == {torch.float32, torch.uint8, torch.int32}
+
+
+def test_a_loaded_model_is_saved_as_a_native_one(tmp_path) -> None:
+    model = qlora_rs.from_pretrained(GOLDEN / "awq-g32", dtype=torch.float32)
+    model.save_pretrained(tmp_path / "saved")
+    tokens = torch.arange(9).reshape(1, 9)
+    again = qlora_rs.from_pretrained(tmp_path / "saved", dtype=torch.float32)
+    assert torch.equal(model(input_ids=tokens).logits, again(input_ids=tokens).logits)
+
+
+def test_values_that_are_not_finite_are_refused_by_name(tmp_path) -> None:
+    folder = tmp_path / "nan"
+    shutil.copytree(GOLDEN / "awq-g32", folder)
+    tensors = load_file(folder / "model.safetensors")
+    tensors[DOWN.replace("weight", "scales")][1, 3] = torch.nan
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    for attempt in (lambda: qlora_rs.from_pretrained(folder), lambda: quantize(folder, tmp_path / "packed")):
+        with pytest.raises(qlora_rs.NonFiniteError, match=r"model\.safetensors: .*down_proj\.weight.*NaN"):
+            attempt()
+    assert [path.name for path in tmp_path.iterdir()] == ["nan"]

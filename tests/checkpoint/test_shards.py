@@ -76,7 +76,7 @@ def test_shards_hold_at_most_what_is_asked_for_and_one_tensor_at_least(tmp_path)
     assert index["metadata"]["total_size"] == sum(value.nbytes for value in expected.values())
 
 
-def test_tensors_are_asked_for_one_at_a_time_in_the_order_of_the_file(tmp_path) -> None:
+def test_tensors_are_asked_for_one_at_a_time_in_the_order_given(tmp_path) -> None:
     expected = tensors()
     asked: list[str] = []
 
@@ -84,9 +84,8 @@ def test_tensors_are_asked_for_one_at_a_time_in_the_order_of_the_file(tmp_path) 
         asked.append(name)
         return expected[name]
 
-    shards = plan_shards(planned(expected), 40)
-    write_shards(tmp_path, shards, read, {})
-    assert asked == [tensor.name for shard in shards for tensor in shard.tensors]
+    write_shards(tmp_path, plan_shards(planned(expected), 40), read, {})
+    assert asked == list(expected)
 
 
 def test_a_model_without_tensors_is_one_empty_file(tmp_path) -> None:

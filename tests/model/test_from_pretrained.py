@@ -171,8 +171,8 @@ def test_a_device_without_kernels_or_that_is_not_there_is_refused(packed):
 
 
 def test_another_librarys_format_is_refused_by_name(packed):
-    edit_config(packed, lambda config: config["quantization_config"].update(quant_method="gptq"))
-    with pytest.raises(qlora_rs.UnsupportedError, match="quantized by 'gptq'"):
+    edit_config(packed, lambda config: config["quantization_config"].update(quant_method="hqq"))
+    with pytest.raises(qlora_rs.UnsupportedError, match="quantized by 'hqq'"):
         qlora_rs.from_pretrained(packed)
 
 

@@ -43,6 +43,11 @@ class Job:
         assert self.stored_spec is not None
         return self.stored_spec
 
+    @property
+    def is_made(self) -> bool:
+        """Whether packed weights are made when they are asked for, which takes work; else they are views of files."""
+        return False
+
     def where(self, row: TensorRow) -> str:
         """File and name of a tensor, for messages."""
         return f"{self.source.path / row.file}: tensor {row.name!r}"

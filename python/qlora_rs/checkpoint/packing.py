@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from qlora_rs import _core
 from qlora_rs.checkpoint.choice import FLOAT_DTYPES, Choice, choose_tensors
 from qlora_rs.checkpoint.companions import companion_files
+from qlora_rs.checkpoint.dequantized import open_float_source
 from qlora_rs.checkpoint.folder import (
     copy_file,
     partial_folder,
@@ -17,15 +18,9 @@ from qlora_rs.checkpoint.folder import (
     resolve_destination,
     write_json,
 )
-from qlora_rs.checkpoint.source import (
-    CONFIG,
-    FORMAT_VERSION,
-    INDEX,
-    Source,
-    find_quantization_config,
-    open_source,
-)
-from qlora_rs.errors import UnsupportedError
+from qlora_rs.checkpoint.repacking import describe_requantizing, plan_repacked
+from qlora_rs.checkpoint.source import CONFIG, FORMAT_VERSION, INDEX, Source
+from qlora_rs.checkpoint.writing import write_model
 from qlora_rs.report import PackedEntry, QuantizeReport, SkippedEntry
 from qlora_rs.spec import QuantSpec
 
@@ -46,6 +41,9 @@ def quantize(
 ) -> QuantizeReport:
     """Quantize a Hugging Face model folder (safetensors in bfloat16, float16 or float32) into a packed one.
 
+    One that GPTQ, AWQ or compressed-tensors (packed integers) quantized is taken too: the values that its codes stand
+    for are quantized anew, one matrix at a time, and the report says that both errors add up.
+
     The weights of all Linear layers are packed; output heads, routers, embeddings and norms are copied byte
     for byte, like every other file. Weights pass through in slices of rows: memory does not grow with the
     model. ``dst`` is absent or whole at any time.
@@ -59,14 +57,16 @@ def quantize(
             transformers is not installed or does not know the architecture.
         overwrite: replace an existing model in ``dst`` once the new one is whole.
         dry_run: only report; nothing is written.
-        num_threads: threads that quantize; 0 for all.
+        num_threads: threads that quantize; 0 for all. What another library quantized takes all.
         max_shard_size: bytes of tensors per file.
         slice_bytes: bytes that pass at a time; the output does not depend on it.
-        progress: called with (bytes done, bytes in all) of the source.
+        progress: called with (bytes done, bytes in all) of the source (of its values, and to hash it, where another
+            library quantized it).
 
     Raises:
         FormatError: a file of ``src`` is not what it says, or changed meanwhile.
-        UnsupportedError: ``src`` is quantized already, its architecture is unknown, or ``dst`` is no place.
+        UnsupportedError: ``src`` is quantized in a way that is not read, its architecture is unknown, or ``dst`` is no
+            place.
         NonFiniteError: a weight holds NaN or Inf (file, tensor, count and first index are named).
         ValueError: a pattern matches nothing.
         OSError: the system failed, with the file's name; what was written so far is removed.
@@ -81,8 +81,7 @@ def quantize(
             "max_shard_size and slice_bytes are at least 1 and num_threads at least 0; "
             f"got {max_shard_size}, {slice_bytes} and {num_threads}"
         )
-    source = open_source(source_path)
-    _refuse_quantized(source)
+    source = open_float_source(source_path)
     destination = resolve_destination(source_path, asked, overwrite)
     choice = choose_tensors(source, skip_modules, include)
     carried, left_out = companion_files(source)
@@ -101,6 +100,22 @@ def quantize(
         )
 
     notes = list(choice.notes)
+    if source.foreign:
+        notes.append(describe_requantizing(source))
+        repacked = plan_repacked(
+            source,
+            choice.packed,
+            spec,
+            not_converted=choice.not_converted,
+            hashed=not dry_run,
+            progress=None if dry_run else progress,
+            max_shard_size=max_shard_size,
+            notes=notes,
+        )
+        if not dry_run:
+            write_model(source, destination, repacked, overwrite=overwrite, notes=notes)
+        sizes = {tensor.name: tensor.nbytes for shard in repacked.shards for tensor in shard.tensors}
+        return _report(source, spec, choice, sizes, left_out, notes)
     plan = pack(None)
     if not dry_run:
         others = sum((source.path / name).stat().st_size for name in carried)
@@ -112,16 +127,8 @@ def quantize(
             for name in carried:
                 copy_file(source.path / name, folder / name)
             write_json(folder / CONFIG, _config(source, spec, choice))
-    return _report(source, spec, choice, plan, left_out, notes)
-
-
-def _refuse_quantized(source: Source) -> None:
-    config = find_quantization_config(source.config)
-    if config is not None:
-        raise UnsupportedError(
-            f"{source.path}: is quantized already (quant_method {config.get('quant_method')!r}); "
-            "start from the 16-bit model"
-        )
+    sizes = {name: end - start for shard in plan["shards"] for name, _, _, start, end in shard["tensors"]}
+    return _report(source, spec, choice, sizes, left_out, notes)
 
 
 def _packed_bytes(plan: Any) -> int:
@@ -147,11 +154,10 @@ def _report(
     source: Source,
     spec: QuantSpec,
     choice: Choice,
-    plan: Any,
+    sizes: Mapping[str, int],
     left_out: Sequence[SkippedEntry],
     notes: Sequence[str],
 ) -> QuantizeReport:
-    sizes = {name: end - start for shard in plan["shards"] for name, _, _, start, end in shard["tensors"]}
     parts = ("", "_absmax", "_absmax_scale", "_absmax_offset")
     packed = []
     for name in choice.packed:

@@ -32,10 +32,22 @@ class PlannedTensor:
 
 @dataclass(frozen=True)
 class PlannedShard:
-    """A file to write."""
+    """A file to write.
+
+    Attributes:
+        file: its name.
+        tensors: in the order of their data.
+        due: the same in the order in which they are read: parts of one weight follow each other.
+    """
 
     file: str
     tensors: tuple[PlannedTensor, ...]
+    due: tuple[PlannedTensor, ...]
+
+    @classmethod
+    def of(cls, file: str, tensors: Sequence[PlannedTensor]) -> PlannedShard:
+        """``tensors`` in the order in which they are due, laid out as the format wants them."""
+        return cls(file, _aligned(tensors), tuple(tensors))
 
     @property
     def nbytes(self) -> int:
@@ -60,9 +72,9 @@ def plan_grouped_shards(together: Sequence[Sequence[PlannedTensor]], max_shard_s
         groups[-1].extend(tensors)
         held += size
     if len(groups) == 1:
-        return [PlannedShard(SINGLE, _aligned(groups[0]))]
+        return [PlannedShard.of(SINGLE, groups[0])]
     return [
-        PlannedShard(f"model-{number:05}-of-{len(groups):05}.safetensors", _aligned(group))
+        PlannedShard.of(f"model-{number:05}-of-{len(groups):05}.safetensors", group)
         for number, group in enumerate(groups, start=1)
     ]
 
@@ -89,8 +101,13 @@ def write_shards(
     for shard in shards:
         path = folder / shard.file
         with naming(path), open(path, "xb") as file:
-            file.write(_header(shard, metadata))
+            start = file.write(_header(shard, metadata))
+            starts = {}
             for planned in shard.tensors:
+                starts[planned.name] = start
+                start += planned.nbytes
+            for planned in shard.due:
+                file.seek(starts[planned.name])
                 file.write(_content(planned, read(planned.name)))
             file.flush()
             os.fsync(file.fileno())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -21,8 +21,20 @@ from qlora_rs.packed import PackedShapes
 NATIVE = "qlora_rs"
 
 
-def plan_native(job: Job, notes: list[str]) -> ModelPlan:
+def plan_native(
+    job: Job,
+    notes: list[str],
+    *,
+    not_converted: Sequence[str] | None = None,
+    hashes: Mapping[str, str] | None = None,
+) -> ModelPlan:
     """The packed bytes under native names.
+
+    Args:
+        job: the source.
+        notes: gets what the user should know.
+        not_converted: the Linear modules that stay in floats; None: found out.
+        hashes: of the files that the weights were quantized from, to be recorded.
 
     Raises:
         UnsupportedError: the source is native already, or holds weights that are no whole blocks by rows.
@@ -32,12 +44,15 @@ def plan_native(job: Job, notes: list[str]) -> ModelPlan:
     parts: dict[str, Callable[[], Tensor]] = {}
     together: list[list[PlannedTensor]] = []
     metadata = {"format": "pt", "qlora_rs_version": _core.__version__}
+    if hashes is not None:
+        metadata["source_sha256"] = json.dumps(dict(hashes))
     for row in job.info.tensors:
         if row.kind != "packed":
             parts[row.name] = job.stored(row.name)
             together.append([PlannedTensor(row.name, row.dtype, row.shape, row.bytes)])
             continue
-        job.packed(row)  # everything that could be refused is refused before anything is written
+        if not job.is_made:
+            job.packed(row)  # everything that could be refused is refused before anything is written
         group = []
         shapes = PackedShapes.of(row.shape, job.spec)
         sizes = (shapes.codes, shapes.absmax, shapes.absmax_scale, shapes.absmax_offset)
@@ -55,7 +70,7 @@ def plan_native(job: Job, notes: list[str]) -> ModelPlan:
         "quantization_config": {
             "quant_method": NATIVE,
             **job.spec.to_config(),
-            "modules_to_not_convert": not_packed(job, notes),
+            "modules_to_not_convert": list(not_packed(job, notes) if not_converted is None else not_converted),
             "format_version": FORMAT_VERSION,
         },
     }

@@ -44,6 +44,7 @@ def load_model(path: Path, adapter: Path | None = None, dtype: str = "auto") -> 
     from qlora_rs.checkpoint.source import require_folder
     from qlora_rs.errors import UnsupportedError
     from qlora_rs.model import from_pretrained, load_float
+    from qlora_rs.spec import QuantSpec
 
     require_folder(path)
     info = inspect(path)
@@ -57,6 +58,8 @@ def load_model(path: Path, adapter: Path | None = None, dtype: str = "auto") -> 
         else:
             model = from_pretrained(path, dtype=dtype)
             held = f"packed as {info.spec.describe()}" if info.spec is not None else info.format
+            if info.schemes:
+                held = f"{info.format} ({'; '.join(info.schemes)}), quantized anew as {QuantSpec().describe()}"
         if getattr(model, "get_output_embeddings", lambda: None)() is None or not hasattr(model, "generate"):
             raise UnsupportedError(f"{path}: {type(model).__name__} is no causal language model")
         if adapter is not None:

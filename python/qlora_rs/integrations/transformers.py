@@ -7,7 +7,7 @@ loaded by then may be imported here at the top.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -42,6 +42,7 @@ class QloraRsConfig(QuantizationConfigMixin):  # type: ignore[misc]
         format_version: of the files.
         files: where to see what is packed, for a model that is not loaded from a folder: its packed layers are left
             out, to be filled by `fill_awaited`.
+        awaited: the same as names and shapes, where no file holds the weights packed.
 
     Attributes:
         failures: errors of quantizing while loading, which transformers itself reports as text only.
@@ -60,6 +61,7 @@ class QloraRsConfig(QuantizationConfigMixin):  # type: ignore[misc]
         modules_to_not_convert: Sequence[str] | None = None,
         format_version: int = FORMAT_VERSION,
         files: Sequence[str] = (),
+        awaited: Mapping[str, Sequence[int]] | None = None,
         **kwargs: Any,
     ) -> None:
         check_format_version(format_version, "quantization_config")
@@ -71,6 +73,7 @@ class QloraRsConfig(QuantizationConfigMixin):  # type: ignore[misc]
         self.modules_to_not_convert = list(modules_to_not_convert or ())
         self.format_version = format_version
         self.files = list(files)
+        self.awaited = {name: tuple(shape) for name, shape in (awaited or {}).items()}
         self.failures: list[Exception] = []
         self.device: torch.device | None = None
         self.spec()
@@ -147,14 +150,16 @@ class QloraRsQuantizer(HfQuantizer):  # type: ignore[misc]
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         files = kwargs.get("checkpoint_files")
         linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-        if self.pre_quantized and not files and self.quantization_config.files:
-            awaited = _packed_in_files(model, self.quantization_config.files, self.spec)
+        asked = self.quantization_config
+        if self.pre_quantized and not files and (asked.files or asked.awaited):
+            shapes = asked.awaited or _shapes_in_files(asked.files, self.spec)
+            awaited = _packed_layers(model, shapes, Path(asked.files[0]).parent if asked.files else Path())
             for name, stored in awaited.items():
                 replace_module(model, name, AwaitedLayer(model.get_submodule(name), stored))
             packed = list(awaited)
         else:
             if self.pre_quantized and files:
-                packed = list(_packed_in_files(model, files, self.spec))
+                packed = list(_packed_layers(model, _shapes_in_files(files, self.spec), Path(files[0]).parent))
             else:
                 skip = self.quantization_config.modules_to_not_convert
                 packed = list(select_linear(model, skip_modules=skip or None).packed)
@@ -216,19 +221,18 @@ def odd_shapes(model: nn.Module) -> dict[str, str]:
     }
 
 
-def _packed_in_files(model: Any, files: Sequence[str], spec: QuantSpec) -> dict[str, str]:
-    """The model's Linear layers whose weights the files hold packed, and the weights' names there.
-
-    The files are the truth, not config.json.
-    """
+def _shapes_in_files(files: Sequence[str], spec: QuantSpec) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the weights that the files hold packed; they are the truth, not config.json."""
     tensors: dict[str, StoredTensor] = {}
     metadata: dict[str, dict[str, str]] = {}
     for file in map(Path, files):
         stored, metadata[file.name] = read_file(file.parent, file.name)
         tensors |= {tensor.name: tensor for tensor in stored}
-    folder = Path(files[0]).parent
-    source = Source(folder, {}, tuple(metadata), tensors, metadata)
-    shapes = packed_shapes(source, spec)
+    return packed_shapes(Source(Path(files[0]).parent, {}, tuple(metadata), tensors, metadata), spec)
+
+
+def _packed_layers(model: Any, shapes: Mapping[str, tuple[int, ...]], folder: Path) -> dict[str, str]:
+    """The model's Linear layers whose weights are among those with ``shapes``, and the weights' names there."""
     prefix = str(getattr(model, "base_model_prefix", "") or "")
     parameters = dict(model.named_parameters())
     packed = {}

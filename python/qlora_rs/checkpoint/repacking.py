@@ -1,0 +1,125 @@
+"""Quantizing the values of a folder that another library quantized: files to files, one matrix at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, replace
+
+from torch import Tensor
+
+from qlora_rs.checkpoint.inspection import TensorRow, inspect_source
+from qlora_rs.checkpoint.job import Job
+from qlora_rs.checkpoint.progress import ByteCounter, Progress
+from qlora_rs.checkpoint.provenance import file_sha256
+from qlora_rs.checkpoint.source import Source, find_quantization_config
+from qlora_rs.checkpoint.to_native import plan_native
+from qlora_rs.checkpoint.weights import TensorReader
+from qlora_rs.checkpoint.writing import ModelPlan
+from qlora_rs.errors import NonFiniteError
+from qlora_rs.packed import PackedTensor
+from qlora_rs.quantization import quantize
+from qlora_rs.spec import QuantSpec
+
+
+class Quantizer:
+    """Quantizes tensors by name, and keeps the last one: a file asks for the parts of a weight one after another.
+
+    Args:
+        values: gives a float matrix by its name.
+        spec: how to quantize.
+    """
+
+    def __init__(self, values: Callable[[str], Tensor], spec: QuantSpec) -> None:
+        self.values, self.spec = values, spec
+        self._last: tuple[str, PackedTensor] | None = None
+
+    def packed(self, name: str, place: str) -> PackedTensor:
+        """The packed weight.
+
+        Raises:
+            NonFiniteError: it holds NaN or Inf; ``place`` names it.
+        """
+        if self._last is None or self._last[0] != name:
+            self._last = None  # before the next is made
+            try:
+                self._last = name, quantize(self.values(name), self.spec)
+            except NonFiniteError as error:
+                raise NonFiniteError(f"{place}: {error}") from None
+        return self._last[1]
+
+
+@dataclass(frozen=True)
+class QuantizingJob(Job):
+    """A job whose packed weights are made from float ones when they are due."""
+
+    quantizer: Quantizer
+
+    @property
+    def spec(self) -> QuantSpec:
+        """How they are quantized."""
+        return self.quantizer.spec
+
+    @property
+    def is_made(self) -> bool:
+        """Whether packed weights are made when they are asked for."""
+        return True
+
+    def packed(self, row: TensorRow) -> PackedTensor:
+        """The weight, quantized."""
+        return self.quantizer.packed(row.name, self.where(row))
+
+
+def plan_repacked(
+    source: Source,
+    names: Collection[str],
+    spec: QuantSpec,
+    *,
+    not_converted: Sequence[str] | None,
+    hashed: bool,
+    progress: Progress | None,
+    max_shard_size: int,
+    notes: list[str],
+) -> ModelPlan:
+    """A native packed folder of ``source``, which is seen in floats.
+
+    Args:
+        source: what is quantized.
+        names: of the tensors to pack.
+        spec: how.
+        not_converted: the Linear modules that stay in floats; None: found out.
+        hashed: hash the files now, which reads them, so that the plan records what it is made from.
+        progress: called with (bytes done, bytes in all) of the files while they are hashed, then of the values.
+        max_shard_size: bytes of tensors per file.
+        notes: gets what the user should know.
+    """
+    original = source.original or source
+    info = inspect_source(source)
+    chosen = set(names)
+    rows = tuple(
+        replace(row, kind="packed", dtype=spec.quant_type) if row.name in chosen else row for row in info.tensors
+    )
+    to_hash = sum((source.path / file).stat().st_size for file in original.files) if hashed else 0
+    counter = ByteCounter(progress, source.total_bytes + to_hash)
+    reader = TensorReader(source)
+    job = QuantizingJob(
+        info=replace(info, tensors=rows),
+        source=source,
+        reader=reader,
+        stored_spec=None,
+        advance=counter.add,
+        max_shard_size=max_shard_size,
+        quantizer=Quantizer(reader.stored, spec),
+    )
+
+    hashes = {file: file_sha256(source.path / file, counter.add) for file in original.files} if hashed else None
+    return plan_native(job, notes, not_converted=not_converted, hashes=hashes)
+
+
+def describe_requantizing(source: Source) -> str:
+    """What quantizing the values of another library's folder means, in one sentence."""
+    config = find_quantization_config((source.original or source).config) or {}
+    method, schemes = config.get("quant_method"), sorted({weight.scheme for weight in source.foreign.values()})
+    return (
+        f"{len(source.foreign)} weights were quantized by {method} ({'; '.join(schemes)}): their values are quantized "
+        "anew, and the errors of both add up"
+    )

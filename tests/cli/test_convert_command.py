@@ -47,7 +47,9 @@ def test_json_is_one_document(command, tmp_path, to):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["{packed}", "out", "--to", "gguf"], "native, bitsandbytes, bf16, fp16"),
+        (["{packed}", "out", "--to", "exl2"], "native, bitsandbytes, bf16, fp16, gguf"),
+        (["{packed}", "out", "--to", "gguf", "--type", "q4_k"], "f16, q8_0, bf16"),
+        (["{packed}", "out", "--to", "bf16", "--type", "f16"], "for gguf alone"),
         (["{packed}", "out"], "--to"),
         (["{packed}", "out", "--to", "native"], "is in the native format already"),
         (["{packed}", "taken", "--to", "bf16"], "--overwrite"),
@@ -107,3 +109,11 @@ def test_help_teaches_with_an_example(command):
     assert "qlora-rs convert Llama-3.2-1B-nf4 Llama-3.2-1B-bnb --to bitsandbytes" in outcome.out
     for option in ("--to", "--overwrite", "--json"):
         assert option in outcome.out
+
+
+def test_gguf_is_one_file(command, tiny_llama, tmp_path):
+    outcome = command("convert", tiny_llama, tmp_path / "model.gguf", "--to", "gguf", "--type", "q8_0", "--json")
+    assert outcome.code == 0, outcome.err
+    report = json.loads(outcome.out)
+    assert (report["source"], report["target"], report["files"]) == ("float", "gguf q8_0", ["model.gguf"])
+    assert (tmp_path / "model.gguf").read_bytes().startswith(b"GGUF")

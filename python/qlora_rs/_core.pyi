@@ -206,6 +206,9 @@ def pack_checkpoint(
     files: SupportsGetItem[int, str],
     packed: SupportsGetItem[int, str],
     destination: str | PathLike[str] | None,
+    journal: str | PathLike[str] | None,
+    finished_tensors: dict[str, str],
+    finished_files: dict[str, str],
     max_shard_size: SupportsIndex,
     slice_bytes: SupportsIndex,
     num_threads: SupportsIndex,
@@ -213,7 +216,8 @@ def pack_checkpoint(
 ) -> dict[str, Any]:
     """
     Quantize the tensors named `packed` of `files` in the folder `source`, copy the others, and write safetensors files
-    into the existing folder `destination`; with none, only plan.
+    into the existing folder `destination`; with none, only plan. What is finished gets a line in the existing file
+    `journal`. What was so already, by the SHA-256 of source tensors' outputs and of source files, is checked and kept.
 
     Returns `{"shards": [{"name", "tensors": [(name, dtype, shape, start, end), ...]}, ...], "source_sha256": {file: hex}}`.
     """

@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 
 from qlora_rs.adapter_merge import MergedLayer, MergeReport, check_dtype, merge_weight, relative_error
-from qlora_rs.adapters import adapter_delta, read_adapter
+from qlora_rs.adapters import CONFIG_FILE, WEIGHTS_FILE, adapter_delta, read_adapter
 from qlora_rs.checkpoint import CheckpointInfo, inspect
 from qlora_rs.checkpoint.choice import FLOAT_DTYPES
 from qlora_rs.checkpoint.dequantized import READERS, open_float_source
 from qlora_rs.checkpoint.folder import resolve_destination
+from qlora_rs.checkpoint.journal import describe_command, describe_files
 from qlora_rs.checkpoint.plain import cast, plain_config, plan_plain
 from qlora_rs.checkpoint.progress import ByteCounter, Progress
 from qlora_rs.checkpoint.provenance import open_recorded_source, recorded_source_bytes
@@ -105,7 +106,7 @@ def merge(
         UnsupportedError: the model is quantized by another library; the adapter sits on a tied output head; ``base``
             cannot be checked; ``destination`` is no place for a model.
         ValueError: ``dtype`` is not a float type, or ``base`` is given for a model in 16 bits.
-        OSError: the system failed, with the file's name; what was written so far is removed.
+        OSError: the system failed, with the file's name; what is finished stays for the same call.
 
     >>> print(merge("SmolLM2-135M-nf4", "adapter", "merged"))  # doctest: +SKIP
     """
@@ -127,9 +128,24 @@ def merge(
     hashed_bytes = 0 if base_path is None else recorded_source_bytes(info, base_path)
     counter = ByteCounter(progress, info.total_bytes + hashed_bytes)
     read_base = None if base_path is None else open_recorded_source(info, base_path, counter.add)
-    merger = _Merger(info, TensorReader(source), read_base, config, adapted, dtype, counter)
-    plan = ModelPlan(shards, merger.tensor, plain_config(source.config, dtype))
-    left_out = write_model(source, target, plan, overwrite=overwrite, notes=notes)
+    merger = _Merger(info, TensorReader(source), read_base, config, adapted, dtype)
+    plan = ModelPlan(
+        shards,
+        merger.tensor,
+        {row.name: row.bytes for row in info.tensors},
+        plain_config(source.config, dtype),
+        result=merger.result,
+        restore=merger.restore,
+    )
+    command = describe_command(
+        "merge",
+        source,
+        adapter=describe_files(adapter_path, (CONFIG_FILE, WEIGHTS_FILE)),
+        dtype=str(dtype),
+        base=None if base_path is None else os.path.realpath(base_path),
+        max_shard_size=max_shard_size,
+    )
+    left_out = write_model(source, target, plan, command, overwrite=overwrite, notes=notes, advance=counter.add)
     described = "its 16-bit weights" if info.format == "float" else "the dequantized base"
     order = {row.name: number for number, row in enumerate(info.tensors)}
     return FolderMergeReport(
@@ -155,23 +171,29 @@ class _Merger:
         config: Mapping[str, Any],
         adapted: Mapping[str, tuple[str, Pair]],
         dtype: torch.dtype,
-        counter: ByteCounter,
     ) -> None:
         self.info, self.reader, self.base = info, reader, base
-        self.config, self.adapted, self.dtype, self.counter = config, adapted, dtype, counter
+        self.config, self.adapted, self.dtype = config, adapted, dtype
         self.rows = {row.name: row for row in info.tensors}
         self.layers: dict[str, MergedLayer] = {}
 
     def tensor(self, name: str) -> Tensor:
         """The merged tensor ``name``."""
-        row = self.rows[name]
         try:
-            result = self._make(name)
+            return self._make(name)
         except FormatError as error:
-            place = str(Path(self.info.path) / row.file)
+            place = str(Path(self.info.path) / self.rows[name].file)
             raise FormatError(str(error) if str(error).startswith(place) else f"{place}: {name}: {error}") from None
-        self.counter.add(row.bytes)
-        return result
+
+    def result(self, name: str) -> dict[str, Any] | None:
+        """What is to be reported of a tensor that was merged, as plain JSON values."""
+        layer = self.layers.get(name)
+        return None if layer is None else asdict(layer)
+
+    def restore(self, name: str, result: Mapping[str, Any] | None) -> None:
+        """Report what an interrupted run has found."""
+        if result is not None:
+            self.layers[name] = MergedLayer(**result)
 
     def _make(self, name: str) -> Tensor:
         row = self.rows[name]

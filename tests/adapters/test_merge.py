@@ -182,7 +182,7 @@ def test_a_model_in_16_bits_is_merged_over_its_own_weights(tiny_llama, adapter, 
 @pytest.mark.parametrize(
     ("failure", "left"),
     [
-        (OSError(errno.ENOSPC, "No space left on device"), []),
+        (OSError(errno.ENOSPC, "No space left on device"), ["merged.partial"]),
         (FormatError("damaged"), []),
         (KeyboardInterrupt(), ["merged.partial"]),
     ],
@@ -205,7 +205,11 @@ def test_a_failure_leaves_nothing_under_the_name(packed, adapter, tmp_path, monk
         assert str(caught.value.filename).endswith("model.safetensors")
     report = merge(packed, adapter, tmp_path / "merged")
     assert os.listdir(tmp_path) == ["merged"]
-    assert ("interrupted run was cleared" in str(report)) == bool(left)
+    assert ("interrupted run was resumed" in str(report)) == bool(left)
+    expected = merge(packed, adapter, tmp_path / "expected")
+    assert report.layers == expected.layers  # those that the failed run had merged too
+    for name in os.listdir(tmp_path / "expected"):
+        assert (tmp_path / "merged" / name).read_bytes() == (tmp_path / "expected" / name).read_bytes()
 
 
 def test_too_little_space_is_said_before_work(packed, adapter, tmp_path, monkeypatch) -> None:

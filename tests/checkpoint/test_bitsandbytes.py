@@ -516,7 +516,7 @@ def test_an_interruption_leaves_no_destination_and_a_rerun_works(tmp_path) -> No
         convert(GOLDEN / "nf4-double", tmp_path / "out", "native", progress=interrupt)
     assert os.listdir(tmp_path) == ["out.partial"]
     report = convert(GOLDEN / "nf4-double", tmp_path / "out", "native")
-    assert "cleared" in report.notes[0]
+    assert "was resumed" in report.notes[0]
     convert(GOLDEN / "nf4-double", tmp_path / "again", "native")
     same_files(tmp_path / "out", tmp_path / "again")
 

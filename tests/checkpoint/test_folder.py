@@ -48,7 +48,7 @@ def test_overwrite_keeps_the_old_model_when_the_new_one_fails(make_model, tmp_pa
     with pytest.raises(OSError, match=r"No space left on device.*config\.json"):
         checkpoint.quantize(source, target, qlora_rs.QuantSpec("fp4"), overwrite=True)
     assert (target / "model.safetensors").read_bytes() == before
-    assert names(tmp_path) == ["packed", "source"]
+    assert names(tmp_path) == ["packed", "packed.partial", "source"]
 
 
 def test_overwrite_restores_the_old_model_when_the_rename_fails(make_model, tmp_path, monkeypatch):
@@ -66,6 +66,9 @@ def test_overwrite_restores_the_old_model_when_the_rename_fails(make_model, tmp_
     with pytest.raises(OSError, match="Input/output"):
         checkpoint.quantize(source, target, overwrite=True)
     assert names(target) == ["config.json", "model.safetensors"]
+    assert names(tmp_path) == ["packed", "packed.partial", "source"]
+    monkeypatch.undo()
+    checkpoint.quantize(source, target, overwrite=True)
     assert names(tmp_path) == ["packed", "source"]
 
 
@@ -91,18 +94,6 @@ def test_a_destination_in_or_around_the_source_is_refused(make_model, tmp_path, 
     assert names(source) == before
 
 
-def test_a_partial_folder_of_an_interrupted_run_is_cleared_and_reported(make_model, tmp_path):
-    source, partial = make_model(), tmp_path / "packed.partial"
-    partial.mkdir()
-    (partial / ".qlora_rs_journal.json").write_text("{}")
-    (partial / "model.safetensors").write_bytes(b"half")
-    (partial / "sub").mkdir()
-    report = checkpoint.quantize(source, tmp_path / "packed")
-    assert any("started anew" in note for note in report.notes)
-    assert names(tmp_path) == ["packed", "source"]
-    assert names(tmp_path / "packed") == ["config.json", "model.safetensors"]
-
-
 def test_a_partial_folder_of_somebody_else_is_not_touched(make_model, tmp_path):
     source, partial = make_model(), tmp_path / "packed.partial"
     partial.mkdir()
@@ -115,7 +106,6 @@ def test_a_partial_folder_of_somebody_else_is_not_touched(make_model, tmp_path):
 def test_two_processes_do_not_write_one_destination(make_model, tmp_path):
     source, partial = make_model(), tmp_path / "packed.partial"
     partial.mkdir()
-    (partial / ".qlora_rs_journal.json").write_text("{}")
     lock = os.open(partial, os.O_RDONLY)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -123,7 +113,7 @@ def test_two_processes_do_not_write_one_destination(make_model, tmp_path):
             checkpoint.quantize(source, tmp_path / "packed")
     finally:
         os.close(lock)
-    assert names(partial) == [".qlora_rs_journal.json"]
+    assert names(partial) == []
 
 
 def test_interruption_leaves_the_partial_folder_and_says_so(make_model, tmp_path):

@@ -96,6 +96,24 @@ def test_ctrl_c_is_exit_code_130_and_a_rerun_works(command, packed, tmp_path, mo
     assert os.listdir(tmp_path) == ["out"]
 
 
+def test_a_dry_run_writes_nothing_and_says_what_the_run_will(command, packed, tmp_path):
+    arguments = ("convert", packed, tmp_path / "out", "--to", "bf16", "--jobs", "1")
+    planned = command(*arguments, "--dry-run")
+    assert "would be written to" in planned.err_words
+    assert os.listdir(tmp_path) == []
+    assert command(*arguments).out == planned.out
+    size = sum(file.stat().st_size for file in (tmp_path / "out").glob("*.safetensors"))
+    report = json.loads(command("convert", packed, tmp_path / "other", "--to", "bf16", "--dry-run", "--json").out)
+    assert 0 < size - report["bytes_after"] < 10_000  # the header
+
+
+def test_a_dry_run_of_gguf_writes_nothing_and_says_the_same_size(command, tiny_llama, tmp_path):
+    arguments = ("convert", tiny_llama, tmp_path / "model.gguf", "--to", "gguf", "--json")
+    planned = json.loads(command(*arguments, "--dry-run").out)
+    assert os.listdir(tmp_path) == []
+    assert json.loads(command(*arguments).out)["bytes_after"] == planned["bytes_after"]
+
+
 def test_inspect_shows_a_bitsandbytes_folder(command):
     outcome = command("inspect", GOLDEN / "nf4-double")
     assert "bitsandbytes: nf4, block_size=64, double_quant=True" in outcome.out
@@ -107,7 +125,7 @@ def test_inspect_shows_a_bitsandbytes_folder(command):
 def test_help_teaches_with_an_example(command):
     outcome = command("convert", "--help")
     assert "qlora-rs convert Llama-3.2-1B-nf4 Llama-3.2-1B-bnb --to bitsandbytes" in outcome.out
-    for option in ("--to", "--overwrite", "--json"):
+    for option in ("--to", "--jobs", "--overwrite", "--dry-run", "--json"):
         assert option in outcome.out
 
 

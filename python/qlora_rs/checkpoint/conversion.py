@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from qlora_rs.checkpoint.gguf_names import require_gguf
 from qlora_rs.checkpoint.gguf_tokenizer import TOKENIZER_FILES
 from qlora_rs.checkpoint.inspection import CheckpointInfo, inspect
 from qlora_rs.checkpoint.job import Job
+from qlora_rs.checkpoint.journal import describe_command
 from qlora_rs.checkpoint.progress import ByteCounter, Progress
 from qlora_rs.checkpoint.source import open_source, require_folder
 from qlora_rs.checkpoint.to_bitsandbytes import plan_bitsandbytes
@@ -88,6 +90,8 @@ def convert(
     *,
     output_type: str | None = None,
     overwrite: bool = False,
+    dry_run: bool = False,
+    num_threads: int = 0,
     progress: Progress | None = None,
     max_shard_size: int = 5_000_000_000,
 ) -> ConvertReport:
@@ -96,7 +100,8 @@ def convert(
     Between the native format and that of bitsandbytes packed bytes stay what they are; ``"bf16"`` and ``"fp16"``
     dequantize them, and the weights of GPTQ, AWQ and compressed-tensors (packed integers) as those libraries do.
     ``"gguf"`` writes one file, of models of the Llama family alone, with tokenizer and chat template in it.
-    Tensors pass through one at a time: memory does not grow with the model. ``dst`` is absent or whole at any time.
+    Tensors pass through one at a time: memory does not grow with the model. ``dst`` is absent or whole at any time;
+    after an interruption the same call goes on where it was, but for a GGUF file, which is begun anew.
 
     Args:
         src: a packed model folder, native or of transformers with bitsandbytes in 4 bits; or one that GPTQ, AWQ or
@@ -107,6 +112,8 @@ def convert(
             float tensors all have that type; ``"gguf"``.
         output_type: of a GGUF file's matrices: ``"f16"`` (the default), ``"bf16"`` or ``"q8_0"``.
         overwrite: replace an existing model in ``dst`` once the new one is whole.
+        dry_run: only report; nothing is written.
+        num_threads: threads that dequantize; 0 for all that torch uses.
         progress: called with (bytes done, bytes in all) of what is read.
         max_shard_size: bytes of tensors per file.
 
@@ -115,9 +122,9 @@ def convert(
         FormatError: a file is damaged, or a value does not fit float16.
         UnsupportedError: ``src`` is not packed, is ``native`` already, or holds what the other format cannot (a data
             type without a name there, rows that are no whole blocks, another family or tokenizer than GGUF is written
-            of); ``dst`` is no place for a model; gguf-py is not installed.
+            of); ``dst`` is no place for a model, or is being made by another command; gguf-py is not installed.
         ValueError: ``to`` or ``output_type`` names no format.
-        OSError: the system failed, with the file's name; what was written so far is removed.
+        OSError: the system failed, with the file's name; what is finished of a folder stays for the same call.
 
     >>> print(convert("SmolLM2-135M-nf4", "SmolLM2-135M-bnb", "bitsandbytes"))  # doctest: +SKIP
     """
@@ -127,16 +134,20 @@ def convert(
         )
     if output_type is not None and (to != GGUF or output_type not in FILE_TYPES):
         raise ValueError(f"output_type is one of {', '.join(FILE_TYPES)}, for gguf alone; got {output_type!r} for {to}")
+    if num_threads < 0:
+        raise ValueError(f"num_threads is at least 0; got {num_threads}")
     source_path = Path(src)
     require_folder(source_path)
     info = inspect(source_path)
     spec = None if to == GGUF and info.format == "float" else _packed_spec(info)
     source = open_source(source_path) if spec is not None else open_float_source(source_path)
-    counter = ByteCounter(progress, info.total_bytes)
-    job = Job(info, source, TensorReader(source), spec, counter.add, max_shard_size)
+    job = Job(info, source, TensorReader(source), spec, max_shard_size)
+    advance = ByteCounter(progress, info.total_bytes).add
     notes: list[str] = []
     if to == GGUF:
-        return _to_gguf(job, Path(dst), output_type or "f16", overwrite, notes)
+        file = resolve_file(source_path, Path(dst), overwrite)
+        with _threads(num_threads):
+            return _to_gguf(job, file, output_type or "f16", None if dry_run else advance, notes)
     target = resolve_destination(source_path, Path(dst), overwrite)
     if to in FLOATS:
         plan = plan_floats(job, FLOATS[to], notes)
@@ -147,14 +158,21 @@ def convert(
         )
     else:
         plan = plan_native(job, notes) if to == "native" else plan_bitsandbytes(job, notes)
-    left_out = write_model(source, target, plan, overwrite=overwrite, notes=notes)
+    if dry_run:
+        _, left_out = companion_files(source)
+    else:
+        command = describe_command("convert", source, to=to, max_shard_size=max_shard_size)
+        with _threads(num_threads):
+            left_out = write_model(source, target, plan, command, overwrite=overwrite, notes=notes, advance=advance)
     return _report(job, to, plan.nbytes, plan.files, left_out, notes)
 
 
-def _to_gguf(job: Job, dst: Path, output_type: str, overwrite: bool, notes: list[str]) -> ConvertReport:
+def _to_gguf(
+    job: Job, target: Path, output_type: str, advance: Callable[[int], None] | None, notes: list[str]
+) -> ConvertReport:
+    """``advance`` is None where nothing is to be written."""
     gguf = require_gguf("writing GGUF files")
-    target = resolve_file(job.source.path, dst, overwrite)
-    size = write_gguf(job, target, output_type, gguf, notes)
+    size = write_gguf(job, target, output_type, gguf, notes, advance)
     carried, left_out = companion_files(job.source)
     places = {name: job.source.path / name for name in carried if name not in TOKENIZER_FILES}
     reason = "a GGUF file has no place for it"
@@ -179,6 +197,19 @@ def _report(
         left_out=tuple(left_out),
         notes=tuple(notes),
     )
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    """Torch, and with it the extension, computes on so many threads meanwhile; 0 changes nothing."""
+    before = torch.get_num_threads()
+    if count:
+        torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        if count:
+            torch.set_num_threads(before)
 
 
 def _packed_spec(info: CheckpointInfo) -> QuantSpec | None:

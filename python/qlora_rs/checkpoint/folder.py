@@ -1,9 +1,8 @@
-"""An output folder that is absent or whole: made beside its place, synced, then renamed."""
+"""Where output goes, and files written so that a crash leaves them whole or absent."""
 
 from __future__ import annotations
 
 import errno
-import fcntl
 import json
 import os
 import shutil
@@ -14,9 +13,6 @@ from typing import Any
 
 from qlora_rs.errors import UnsupportedError
 from qlora_rs.report import format_bytes
-
-# Marks a .partial folder as ours, so that nobody else's is ever cleared.
-JOURNAL = ".qlora_rs_journal.json"
 
 
 def resolve_destination(source: Path, destination: Path, overwrite: bool) -> Path:
@@ -58,33 +54,6 @@ def require_space(destination: Path, needed: int) -> None:
     if needed > free:
         reason = f"{format_bytes(needed)} are needed for the output, {format_bytes(free)} are free"
         raise OSError(errno.ENOSPC, reason, str(parent))
-
-
-@contextmanager
-def partial_folder(destination: Path, overwrite: bool, notes: list[str]) -> Iterator[Path]:
-    """A folder ``DESTINATION.partial`` to fill; it gets its name when the block ends well.
-
-    An error removes it, so that a full disk does not stay full. Ctrl-C leaves it, and the KeyboardInterrupt
-    says so; the next run clears it and starts anew. ``notes`` gets what the user should know.
-    """
-    destination.parent.mkdir(parents=True, exist_ok=True)
-    path = destination.with_name(destination.name + ".partial")
-    lock = _claim(path, notes)
-    try:
-        yield path
-        _commit(path, destination, overwrite)
-    except KeyboardInterrupt:
-        if path.exists():
-            raise KeyboardInterrupt(
-                f"interrupted: the unfinished output is left in {path}; the same command starts anew, "
-                f"and {destination} was not touched"
-            ) from None
-        raise
-    except BaseException:
-        shutil.rmtree(path, ignore_errors=True)
-        raise
-    finally:
-        os.close(lock)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -140,56 +109,6 @@ def naming(path: Path) -> Iterator[None]:
         if error.filename is None:
             raise OSError(error.errno, error.strerror, str(path)) from None
         raise
-
-
-def _claim(path: Path, notes: list[str]) -> int:
-    """Make the folder, or take over what an interrupted run left; returns the descriptor that is locked."""
-    try:
-        path.mkdir()
-    except FileExistsError:
-        if not path.is_dir() or (os.listdir(path) and not (path / JOURNAL).is_file()):
-            raise FileExistsError(
-                errno.EEXIST, "is in the way, and not of an interrupted run: remove or rename it", str(path)
-            ) from None
-        notes.append(f"{path} of an interrupted run was cleared: started anew")
-    lock = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(lock)
-        raise UnsupportedError(f"{path}: another process is writing there; wait for it") from None
-    except OSError:
-        pass  # a file system without locks: go on, as two writers of one place are the user's own doing
-    for name in os.listdir(path):
-        entry = path / name
-        if entry.is_dir() and not entry.is_symlink():
-            shutil.rmtree(entry)
-        else:
-            entry.unlink()
-    write_json(path / JOURNAL, {"format_version": 1})
-    return lock
-
-
-def _commit(path: Path, destination: Path, overwrite: bool) -> None:
-    (path / JOURNAL).unlink()
-    for folder, _, _ in os.walk(path):
-        sync_folder(Path(folder))
-    if overwrite and destination.exists():
-        aside = destination.with_name(f".{destination.name}.replaced-{os.getpid()}")
-        try:
-            os.rename(destination, aside)
-            os.rename(path, destination)
-        except BaseException:
-            if aside.exists() and not destination.exists():
-                os.rename(aside, destination)
-            raise
-        try:
-            sync_folder(destination.parent)
-        finally:
-            shutil.rmtree(aside, ignore_errors=True)
-    else:
-        os.rename(path, destination)  # refuses a folder that appeared meanwhile, unless it is empty
-        sync_folder(destination.parent)
 
 
 def sync_folder(path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -26,7 +27,6 @@ class Job:
         source: the opened folder; seen in floats where the codes of its weights are not ours.
         reader: of ``source``.
         stored_spec: how its packed weights are stored; None where their codes are not ours.
-        advance: to be called with the bytes that were read.
         max_shard_size: bytes of tensors per file of the output.
     """
 
@@ -34,7 +34,6 @@ class Job:
     source: Source
     reader: TensorReader
     stored_spec: QuantSpec | None
-    advance: Callable[[int], None]
     max_shard_size: int
 
     @property
@@ -58,13 +57,11 @@ class Job:
 
     def stored(self, name: str) -> Callable[[], Tensor]:
         """Reads a tensor as it is stored."""
+        return partial(self.reader.stored, name)
 
-        def read() -> Tensor:
-            tensor = self.reader.stored(name)
-            self.advance(self.source.tensors[name].nbytes)
-            return tensor
-
-        return read
+    def read_bytes(self) -> dict[str, int]:
+        """What of the source each tensor takes, in bytes; a packed weight's parts count with its codes."""
+        return {row.name: row.bytes for row in self.info.tensors}
 
     def values(self, row: TensorRow, dtype: torch.dtype) -> Tensor:
         """A float or packed tensor's values in ``dtype``.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -11,13 +12,10 @@ from qlora_rs import _core
 from qlora_rs.checkpoint.choice import FLOAT_DTYPES, Choice, choose_tensors
 from qlora_rs.checkpoint.companions import companion_files
 from qlora_rs.checkpoint.dequantized import open_float_source
-from qlora_rs.checkpoint.folder import (
-    copy_file,
-    partial_folder,
-    require_space,
-    resolve_destination,
-    write_json,
-)
+from qlora_rs.checkpoint.folder import copy_file, require_space, resolve_destination, write_json
+from qlora_rs.checkpoint.journal import describe_command
+from qlora_rs.checkpoint.partial import Partial, kept_bytes, partial_folder
+from qlora_rs.checkpoint.progress import ByteCounter
 from qlora_rs.checkpoint.repacking import describe_requantizing, plan_repacked
 from qlora_rs.checkpoint.source import CONFIG, FORMAT_VERSION, INDEX, Source
 from qlora_rs.checkpoint.writing import write_model
@@ -46,7 +44,7 @@ def quantize(
 
     The weights of all Linear layers are packed; output heads, routers, embeddings and norms are copied byte
     for byte, like every other file. Weights pass through in slices of rows: memory does not grow with the
-    model. ``dst`` is absent or whole at any time.
+    model. ``dst`` is absent or whole at any time; after an interruption the same call goes on where it was.
 
     Args:
         src: the model folder; it is only read.
@@ -65,11 +63,11 @@ def quantize(
 
     Raises:
         FormatError: a file of ``src`` is not what it says, or changed meanwhile.
-        UnsupportedError: ``src`` is quantized in a way that is not read, its architecture is unknown, or ``dst`` is no
-            place.
+        UnsupportedError: ``src`` is quantized in a way that is not read, its architecture is unknown, ``dst`` is no
+            place, or is being made by another command.
         NonFiniteError: a weight holds NaN or Inf (file, tensor, count and first index are named).
         ValueError: a pattern matches nothing.
-        OSError: the system failed, with the file's name; what was written so far is removed.
+        OSError: the system failed, with the file's name; what is finished stays for the same call.
 
     >>> report = quantize("Llama-3.2-1B", "Llama-3.2-1B-nf4")  # doctest: +SKIP
     >>> print(report)  # doctest: +SKIP
@@ -86,47 +84,60 @@ def quantize(
     choice = choose_tensors(source, skip_modules, include)
     carried, left_out = companion_files(source)
 
-    def pack(folder: Path | None) -> Any:
+    def pack(partial: Partial | None) -> Any:
         return _core.pack_checkpoint(
             spec.core(),
             source=str(source.path),
             files=list(source.files),
             packed=list(choice.packed),
-            destination=None if folder is None else str(folder),
+            destination=None if partial is None else str(partial.path),
+            journal=None if partial is None else str(partial.journal.path),
+            finished_tensors={} if partial is None else partial.journal.tensors,
+            finished_files={} if partial is None else partial.journal.files,
             max_shard_size=max_shard_size,
             slice_bytes=slice_bytes,
             num_threads=num_threads,
-            progress=progress if folder is not None else None,
+            progress=progress if partial is not None else None,
         )
 
     notes = list(choice.notes)
+    command = describe_command(
+        "quantize",
+        source,
+        spec=spec.to_config(),
+        packed=hashlib.sha256("\n".join(choice.packed).encode()).hexdigest(),
+        skip=list(skip_modules or ()),
+        include=list(include or ()),
+        max_shard_size=max_shard_size,
+    )
     if source.foreign:
         notes.append(describe_requantizing(source))
+        advance = ByteCounter(progress, source.total_bytes + source.file_bytes).add
         repacked = plan_repacked(
             source,
             choice.packed,
             spec,
             not_converted=choice.not_converted,
-            hashed=not dry_run,
-            progress=None if dry_run else progress,
+            hashed=None if dry_run else advance,
             max_shard_size=max_shard_size,
             notes=notes,
         )
         if not dry_run:
-            write_model(source, destination, repacked, overwrite=overwrite, notes=notes)
+            write_model(source, destination, repacked, command, overwrite=overwrite, notes=notes, advance=advance)
         sizes = {tensor.name: tensor.nbytes for shard in repacked.shards for tensor in shard.tensors}
         return _report(source, spec, choice, sizes, left_out, notes)
     plan = pack(None)
     if not dry_run:
         others = sum((source.path / name).stat().st_size for name in carried)
-        require_space(destination, _packed_bytes(plan) + others)
-        with partial_folder(destination, overwrite, notes) as folder:
-            plan = pack(folder)
+        require_space(destination, _packed_bytes(plan) + others - kept_bytes(destination))
+        files = [shard["name"] for shard in plan["shards"]]
+        with partial_folder(destination, command, files, overwrite=overwrite, notes=notes) as partial:
+            plan = pack(partial)
             if len(plan["shards"]) > 1:
-                write_json(folder / INDEX, _index(plan))
+                write_json(partial.path / INDEX, _index(plan))
             for name in carried:
-                copy_file(source.path / name, folder / name)
-            write_json(folder / CONFIG, _config(source, spec, choice))
+                copy_file(source.path / name, partial.path / name)
+            write_json(partial.path / CONFIG, _config(source, spec, choice))
     sizes = {name: end - start for shard in plan["shards"] for name, _, _, start, end in shard["tensors"]}
     return _report(source, spec, choice, sizes, left_out, notes)
 

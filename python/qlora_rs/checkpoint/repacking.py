@@ -9,7 +9,6 @@ from torch import Tensor
 
 from qlora_rs.checkpoint.inspection import TensorRow, inspect_source
 from qlora_rs.checkpoint.job import Job
-from qlora_rs.checkpoint.progress import ByteCounter, Progress
 from qlora_rs.checkpoint.provenance import file_sha256
 from qlora_rs.checkpoint.source import Source, find_quantization_config
 from qlora_rs.checkpoint.to_native import plan_native
@@ -75,8 +74,7 @@ def plan_repacked(
     spec: QuantSpec,
     *,
     not_converted: Sequence[str] | None,
-    hashed: bool,
-    progress: Progress | None,
+    hashed: Callable[[int], object] | None,
     max_shard_size: int,
     notes: list[str],
 ) -> ModelPlan:
@@ -87,8 +85,8 @@ def plan_repacked(
         names: of the tensors to pack.
         spec: how.
         not_converted: the Linear modules that stay in floats; None: found out.
-        hashed: hash the files now, which reads them, so that the plan records what it is made from.
-        progress: called with (bytes done, bytes in all) of the files while they are hashed, then of the values.
+        hashed: hash the files now, so that the plan records what it is made from; called with the bytes of each piece
+            that was read. None: it does not record that.
         max_shard_size: bytes of tensors per file.
         notes: gets what the user should know.
     """
@@ -98,20 +96,16 @@ def plan_repacked(
     rows = tuple(
         replace(row, kind="packed", dtype=spec.quant_type) if row.name in chosen else row for row in info.tensors
     )
-    to_hash = sum((source.path / file).stat().st_size for file in original.files) if hashed else 0
-    counter = ByteCounter(progress, source.total_bytes + to_hash)
     reader = TensorReader(source)
     job = QuantizingJob(
         info=replace(info, tensors=rows),
         source=source,
         reader=reader,
         stored_spec=None,
-        advance=counter.add,
         max_shard_size=max_shard_size,
         quantizer=Quantizer(reader.stored, spec),
     )
-
-    hashes = {file: file_sha256(source.path / file, counter.add) for file in original.files} if hashed else None
+    hashes = None if hashed is None else {file: file_sha256(source.path / file, hashed) for file in original.files}
     return plan_native(job, notes, not_converted=not_converted, hashes=hashes)
 
 

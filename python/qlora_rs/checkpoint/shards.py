@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
 
 from qlora_rs.checkpoint.folder import naming, write_json
+from qlora_rs.checkpoint.partial import Partial
 from qlora_rs.checkpoint.source import INDEX, SINGLE
 
 # Types of one width in the order in which the format's own writer puts them.
@@ -80,42 +82,78 @@ def plan_grouped_shards(together: Sequence[Sequence[PlannedTensor]], max_shard_s
 
 
 def write_shards(
-    folder: Path,
+    partial: Partial,
     shards: Sequence[PlannedShard],
     read: Callable[[str], Tensor],
     metadata: Mapping[str, str],
+    *,
+    done: Callable[[str, bool], object] = lambda name, kept: None,
     index_metadata: Mapping[str, int] | None = None,
 ) -> None:
     """Write the files, and the index where there are several; ``read(name)`` makes each tensor when it is due.
 
+    Tensors that an interrupted run has finished, by the journal and by the hash of their bytes, are left as they are.
+
     Args:
-        folder: an existing folder.
+        partial: the folder, and the journal that gets a line for each tensor.
         shards: as they were planned.
         read: gives a tensor by its name.
         metadata: of each file.
+        done: called with the name of each finished tensor, and whether it was kept, before its line is written.
         index_metadata: of the index, besides ``total_size``.
 
     Raises:
         OSError: the system failed, with the file's name.
     """
-    for shard in shards:
-        path = folder / shard.file
-        with naming(path), open(path, "xb") as file:
-            start = file.write(_header(shard, metadata))
-            starts = {}
-            for planned in shard.tensors:
-                starts[planned.name] = start
-                start += planned.nbytes
-            for planned in shard.due:
-                file.seek(starts[planned.name])
-                file.write(_content(planned, read(planned.name)))
-            file.flush()
-            os.fsync(file.fileno())
+    with ThreadPoolExecutor(1) as hasher:
+        for shard in shards:
+            path = partial.path / shard.file
+            with naming(path), open(path, "r+b" if path.exists() else "x+b") as file:
+                header = _header(shard, metadata)
+                if file.read(len(header)) != header:
+                    file.seek(0)
+                    file.truncate()
+                    file.write(header)
+                file.truncate(len(header) + shard.nbytes)
+                starts, start = {}, len(header)
+                for planned in shard.tensors:
+                    starts[planned.name] = start
+                    start += planned.nbytes
+                for planned in shard.due:
+                    recorded = partial.journal.tensors.get(planned.name)
+                    if recorded is not None and recorded == _sha256_of(file, starts[planned.name], planned.nbytes):
+                        done(planned.name, True)
+                        continue
+                    content = _content(planned, read(planned.name))
+                    digest = hasher.submit(_sha256, content)
+                    file.seek(starts[planned.name])
+                    file.write(content)
+                    file.flush()
+                    sha256 = digest.result()
+                    partial.journal.add_tensor(planned.name, sha256, done(planned.name, False))
+                os.fsync(file.fileno())
     if len(shards) > 1:
         weight_map = {tensor.name: shard.file for shard in shards for tensor in shard.tensors}
         total = sum(shard.nbytes for shard in shards)
         described = {**(index_metadata or {}), "total_size": total}
-        write_json(folder / INDEX, {"metadata": described, "weight_map": dict(sorted(weight_map.items()))})
+        write_json(partial.path / INDEX, {"metadata": described, "weight_map": dict(sorted(weight_map.items()))})
+
+
+def _sha256(content: Any) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+def _sha256_of(file: BinaryIO, start: int, count: int) -> str | None:
+    """SHA-256 of bytes of a file in hex; None where there are less."""
+    digest = hashlib.sha256()
+    file.seek(start)
+    while count:
+        content = file.read(min(count, 1 << 20))
+        if not content:
+            return None
+        digest.update(content)
+        count -= len(content)
+    return digest.hexdigest()
 
 
 def _aligned(tensors: Sequence[PlannedTensor]) -> tuple[PlannedTensor, ...]:

@@ -64,6 +64,11 @@ class Source:
         """Bytes of all tensors."""
         return sum(tensor.nbytes for tensor in self.tensors.values())
 
+    @property
+    def file_bytes(self) -> int:
+        """Bytes of the safetensors files."""
+        return sum((self.path / file).stat().st_size for file in self.files)
+
 
 def open_source(path: Path) -> Source:
     """Open a model folder.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -34,7 +35,8 @@ def _plan_same(job: Job) -> ModelPlan:
     planned = [PlannedTensor(tensor.name, tensor.dtype, tensor.shape, tensor.nbytes) for tensor in stored]
     shards = plan_shards(planned, job.max_shard_size)
     total = {"total_parameters": job.info.parameters}
-    return ModelPlan(shards, lambda name: job.stored(name)(), job.source.config, index_metadata=total)
+    read_bytes = {tensor.name: tensor.nbytes for tensor in stored}
+    return ModelPlan(shards, job.reader.stored, read_bytes, job.source.config, index_metadata=total)
 
 
 def _plan_flat(job: Job, notes: list[str]) -> ModelPlan:
@@ -59,12 +61,12 @@ def _plan_flat(job: Job, notes: list[str]) -> ModelPlan:
         for part, tensor in _flat_parts(job, row, dtype).items():
             stored = "U8" if tensor.dtype == torch.uint8 else "F32"
             planned.append(PlannedTensor(row.name + part, stored, tuple(tensor.shape), tensor.nbytes))
-            parts[row.name + part] = _counted(job, tensor, row.bytes if part == "" else 0)
+            parts[row.name + part] = partial(_itself, tensor)
     planned.sort(key=lambda tensor: tensor.name)
     shards = plan_shards(planned, job.max_shard_size)
     config = _flat_config(job, dtype)
     total = {"total_parameters": job.info.parameters}
-    return ModelPlan(shards, lambda name: parts[name](), config, index_metadata=total)
+    return ModelPlan(shards, lambda name: parts[name](), job.read_bytes(), config, index_metadata=total)
 
 
 def _flat_parts(job: Job, row: TensorRow, dtype: str) -> dict[str, Tensor]:
@@ -94,12 +96,8 @@ def _flat_parts(job: Job, row: TensorRow, dtype: str) -> dict[str, Tensor]:
     return {**parts, name: torch.tensor(list(state), dtype=torch.uint8)}
 
 
-def _counted(job: Job, tensor: Tensor, count: int) -> Callable[[], Tensor]:
-    def read() -> Tensor:
-        job.advance(count)
-        return tensor
-
-    return read
+def _itself(tensor: Tensor) -> Tensor:
+    return tensor
 
 
 def _flat_config(job: Job, dtype: str) -> dict[str, Any]:

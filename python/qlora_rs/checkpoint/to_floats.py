@@ -25,9 +25,7 @@ def plan_floats(job: Job, dtype: torch.dtype, notes: list[str]) -> ModelPlan:
     def read(name: str) -> Tensor:
         row = rows[name]
         as_values = row.kind == "packed" or row.dtype in FLOAT_DTYPES
-        tensor = job.values(row, dtype) if as_values else job.reader.stored(name)
-        job.advance(row.bytes)
-        return tensor
+        return job.values(row, dtype) if as_values else job.reader.stored(name)
 
     for row in job.info.packed:
         if job.info.format == flat.METHOD and job.reader.flat[row.name].shape is None:
@@ -39,4 +37,4 @@ def plan_floats(job: Job, dtype: torch.dtype, notes: list[str]) -> ModelPlan:
             "once more"
         )
     shards = plan_shards([plan_plain(row, dtype) for row in rows.values()], job.max_shard_size)
-    return ModelPlan(shards, read, plain_config(job.source.config, dtype))
+    return ModelPlan(shards, read, job.read_bytes(), plain_config(job.source.config, dtype))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,7 +63,9 @@ class PlannedRow:
         return elements // 32 * 34 if self.kind == "Q8_0" else elements * (4 if self.kind == "F32" else 2)
 
 
-def write_gguf(job: Job, target: Path, output_type: str, gguf: Any, notes: list[str]) -> int:
+def write_gguf(
+    job: Job, target: Path, output_type: str, gguf: Any, notes: list[str], advance: Callable[[int], None] | None
+) -> int:
     """Write the model of ``job`` as a GGUF file, which is absent or whole at any time.
 
     Tensors pass through in slices of rows, queries and keys one at a time.
@@ -74,6 +76,7 @@ def write_gguf(job: Job, target: Path, output_type: str, gguf: Any, notes: list[
         output_type: of matrices, one of `FILE_TYPES`; norms are float32.
         gguf: the package gguf-py.
         notes: gets what the user should know.
+        advance: called with the bytes of the source that are done; None: only plan, write nothing.
 
     Returns:
         Bytes of all tensors.
@@ -86,6 +89,8 @@ def write_gguf(job: Job, target: Path, output_type: str, gguf: Any, notes: list[
     config = _checked_config(job)
     planned = _plan(job, config, output_type, gguf, notes)
     size = sum(each.nbytes for each in planned)
+    if advance is None:
+        return size
     require_space(target, size)
     target.parent.mkdir(parents=True, exist_ok=True)
     with replacing(target) as (partial,):
@@ -108,7 +113,7 @@ def write_gguf(job: Job, target: Path, output_type: str, gguf: Any, notes: list[
                 for piece in _pieces(job, each):
                     file.write(_encoded(job, each, piece, gguf))
                 if each.row is not None:
-                    job.advance(each.row.bytes)
+                    advance(each.row.bytes)
             file.write(bytes(-file.tell() % ALIGNMENT))
     return size
 

@@ -75,16 +75,12 @@ def plan_native(
         },
     }
     shards = plan_grouped_shards(together, job.max_shard_size)
-    return ModelPlan(shards, lambda name: parts[name](), config, metadata)
+    return ModelPlan(shards, lambda name: parts[name](), job.read_bytes(), config, metadata)
 
 
 def _native_part(job: Job, row: TensorRow, part: str) -> Callable[[], Tensor]:
     def read() -> Tensor:
-        packed = job.packed(row)
-        if part == "":
-            job.advance(row.bytes)
-            return packed.codes
-        tensor = getattr(packed, part.removeprefix("_"))
+        tensor = getattr(job.packed(row), part.removeprefix("_") or "codes")
         assert isinstance(tensor, Tensor)
         return tensor
 

@@ -10,7 +10,9 @@ from typing import Any
 from torch import Tensor
 
 from qlora_rs.checkpoint.companions import companion_files
-from qlora_rs.checkpoint.folder import copy_file, partial_folder, require_space, write_json
+from qlora_rs.checkpoint.folder import copy_file, require_space, write_json
+from qlora_rs.checkpoint.journal import Command
+from qlora_rs.checkpoint.partial import kept_bytes, partial_folder
 from qlora_rs.checkpoint.shards import PlannedShard, write_shards
 from qlora_rs.checkpoint.source import CONFIG, Source
 from qlora_rs.report import SkippedEntry
@@ -23,16 +25,22 @@ class ModelPlan:
     Attributes:
         shards: its weight files.
         read: makes a tensor when it is due.
+        read_bytes: what of the source each tensor takes, in bytes, for those who watch.
         config: ``config.json``.
         metadata: of each weight file.
         index_metadata: of the index, besides the size.
+        result: what was found out while a tensor was made, in plain JSON values.
+        restore: takes such a result of a tensor that an interrupted run has made.
     """
 
     shards: Sequence[PlannedShard]
     read: Callable[[str], Tensor]
+    read_bytes: Mapping[str, int]
     config: Mapping[str, Any]
     metadata: Mapping[str, str] = field(default_factory=lambda: {"format": "pt"})
     index_metadata: Mapping[str, int] = field(default_factory=dict)
+    result: Callable[[str], Any] = lambda name: None
+    restore: Callable[[str, Any], None] = lambda name, result: None
 
     @property
     def nbytes(self) -> int:
@@ -46,7 +54,14 @@ class ModelPlan:
 
 
 def write_model(
-    source: Source, target: Path, plan: ModelPlan, *, overwrite: bool, notes: list[str]
+    source: Source,
+    target: Path,
+    plan: ModelPlan,
+    command: Command,
+    *,
+    overwrite: bool,
+    notes: list[str],
+    advance: Callable[[int], None],
 ) -> list[SkippedEntry]:
     """Write the planned model, with the companions of ``source``, to ``target``, which is absent or whole at any time.
 
@@ -54,20 +69,32 @@ def write_model(
         source: where other files come from.
         target: as `resolve_destination` gave it.
         plan: the weights and ``config.json``.
+        command: what makes it; the same one resumes it.
         overwrite: replace an existing model once the new one is whole.
         notes: gets what the user should know.
+        advance: called with the bytes of the source that are done.
 
     Returns:
         The files that stay behind.
 
     Raises:
-        OSError: the disk is too small, or the system failed; what was written so far is removed.
+        UnsupportedError: another command has left an unfinished folder there.
+        OSError: the disk is too small, or the system failed; what is finished stays for the same command.
     """
     carried, left_out = companion_files(source)
-    require_space(target, plan.nbytes + sum((source.path / name).stat().st_size for name in carried))
-    with partial_folder(target, overwrite, notes) as folder:
-        write_shards(folder, plan.shards, plan.read, plan.metadata, plan.index_metadata)
+    needed = plan.nbytes + sum((source.path / name).stat().st_size for name in carried)
+    require_space(target, needed - kept_bytes(target))
+    with partial_folder(target, command, plan.files, overwrite=overwrite, notes=notes) as partial:
+
+        def done(name: str, kept: bool) -> object:
+            advance(plan.read_bytes.get(name, 0))
+            if kept:
+                plan.restore(name, partial.journal.results.get(name))
+                return None
+            return plan.result(name)
+
+        write_shards(partial, plan.shards, plan.read, plan.metadata, done=done, index_metadata=plan.index_metadata)
         for name in carried:
-            copy_file(source.path / name, folder / name)
-        write_json(folder / CONFIG, plan.config)
+            copy_file(source.path / name, partial.path / name)
+        write_json(partial.path / CONFIG, plan.config)
     return left_out

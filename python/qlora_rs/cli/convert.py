@@ -27,7 +27,11 @@ def convert(
         str | None,
         typer.Option("--type", metavar="f16|bf16|q8_0", help="Of a GGUF file's matrices.", show_default="f16"),
     ] = None,
+    jobs: Annotated[int, typer.Option("--jobs", min=0, help="Threads that dequantize; 0 for all.")] = 0,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace DST once the new is whole.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what would be written and how large; write nothing.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as one JSON document.")] = False,
 ) -> None:
     """Convert a packed model between this library's format, bitsandbytes' and plain 16 bits, or any to GGUF.
@@ -38,7 +42,7 @@ def convert(
     writes it.
 
     Tensors pass through one at a time: memory does not grow with the model. What the other format cannot hold is
-    refused by name.
+    refused by name. Interrupted, the same command goes on where it was; a GGUF file is begun anew.
 
     Example:
 
@@ -51,9 +55,18 @@ def convert(
     from qlora_rs import checkpoint
 
     with output.progress_bytes("converting") as progress:
-        report = checkpoint.convert(src, dst, to, output_type=output_type, overwrite=overwrite, progress=progress)
+        report = checkpoint.convert(
+            src,
+            dst,
+            to,
+            output_type=output_type,
+            overwrite=overwrite,
+            dry_run=dry_run,
+            num_threads=jobs,
+            progress=progress,
+        )
     if as_json:
         output.print_json(report.to_dict())
         return
     output.print_result(str(report))
-    output.message(f"written to {dst}")
+    output.message(f"{'would be written' if dry_run else 'written'} to {dst}")

@@ -62,8 +62,8 @@ def quantize(
 
     The weights of all Linear layers are packed; output heads, routers, embeddings and norms stay in 16 bits,
     and tokenizer and other files are carried over. Of a GPTQ, AWQ or compressed-tensors folder the values are quantized
-    anew, and the report says so. Weights pass through in slices: memory does not grow with
-    the model.
+    anew, and the report says so. Weights pass through in slices: memory does not grow with the model. Interrupted, the
+    same command goes on where it was.
 
     Example:
 

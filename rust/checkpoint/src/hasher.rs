@@ -12,8 +12,13 @@ use crate::reader::{Event, Slice};
 pub enum Hashed {
     /// The next bytes of the data.
     Slice(Slice),
-    /// A file is over; its SHA-256 in hexadecimal.
-    Digest(String),
+    /// A file is over.
+    Digest {
+        /// Index into the plan's sources.
+        source: usize,
+        /// SHA-256 in hexadecimal.
+        digest: String,
+    },
 }
 
 /// Hash what comes in and hand it on; ends, in silence, once either end is gone.
@@ -32,7 +37,7 @@ pub fn hash_all(
                 hash.update(slice.buffer.filled());
                 Ok(Hashed::Slice(slice))
             }
-            Ok(Event::End) => Ok(Hashed::Digest(hexadecimal(&hash.finalize_reset()))),
+            Ok(Event::End { source }) => Ok(Hashed::Digest { source, digest: hexadecimal(&hash.finalize_reset()) }),
             Err(error) => Err(error),
         };
         if outgoing.send(hashed).is_err() {
@@ -41,7 +46,9 @@ pub fn hash_all(
     }
 }
 
-fn hexadecimal(bytes: &[u8]) -> String {
+/// Bytes as lower-case hexadecimal digits.
+#[must_use]
+pub fn hexadecimal(bytes: &[u8]) -> String {
     let nibbles = bytes.iter().flat_map(|byte| [byte >> 4, byte & 15]);
     nibbles.map(|nibble| char::from(b"0123456789abcdef"[usize::from(nibble)])).collect()
 }
@@ -56,20 +63,28 @@ mod tests {
     fn each_file_gets_its_own_digest_of_all_its_bytes() {
         let (events, incoming) = mpsc::sync_channel(8);
         let (outgoing, results) = mpsc::sync_channel(8);
-        for event in [Event::Front(b"a".to_vec()), Event::Front(b"bc".to_vec()), Event::End, Event::End] {
+        for event in [
+            Event::Front(b"a".to_vec()),
+            Event::Front(b"bc".to_vec()),
+            Event::End { source: 0 },
+            Event::End { source: 3 },
+        ] {
             events.send(Ok(event)).expect("room");
         }
         drop(events);
         hash_all(incoming, &outgoing);
         drop(outgoing);
-        let digests: Vec<String> = results
+        let digests: Vec<(usize, String)> = results
             .iter()
             .map(|result| match result {
-                Ok(Hashed::Digest(digest)) => digest,
+                Ok(Hashed::Digest { source, digest }) => (source, digest),
                 other => panic!("{other:?}"),
             })
             .collect();
-        assert_eq!(digests[0], "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad");
-        assert_eq!(digests[1], "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855");
+        let (abc, nothing) = (
+            "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad",
+            "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855",
+        );
+        assert_eq!(digests, [(0, abc.to_owned()), (3, nothing.to_owned())]);
     }
 }

@@ -1,7 +1,8 @@
-//! The pipeline: one thread reads, one hashes, this one quantizes on the pool and writes; four slices are in flight.
+//! The pipeline: one thread reads, one hashes, this one quantizes on the pool and writes, one keeps the journal; four
+//! slices are in flight.
 
 use std::path::Path;
-use std::sync::mpsc;
+use std::sync::mpsc::{self, Receiver};
 use std::thread;
 
 use half::{bf16, f16};
@@ -11,8 +12,10 @@ use qlora_core::{
 
 use crate::error::CheckpointError;
 use crate::hasher::{Hashed, hash_all};
+use crate::journal::{Finished, Journal};
 use crate::plan::{PackStep, Plan, Step};
-use crate::reader::{Buffer, Lines, Piece, Slice, read_all};
+use crate::reader::{Buffer, Lines, Piece, Slice, changed, read_all};
+use crate::resume::Remaining;
 use crate::writer::Writer;
 
 /// Slices in flight: being read, hashed, quantized, and one waiting.
@@ -33,57 +36,119 @@ impl Default for PackOptions {
     }
 }
 
-/// Carry out a plan: write its shards into the existing folder `destination`. Returns the SHA-256 of each source file,
-/// in hexadecimal.
+/// How an interruption is survived.
+#[derive(Debug, Clone, Copy)]
+pub struct Resumption<'a> {
+    /// Gets a line for each tensor and source file that is finished.
+    pub journal: &'a Path,
+    /// What earlier runs of the same plan have finished; it is checked.
+    pub finished: &'a Finished,
+}
+
+/// Carry out a plan: write its shards into the existing folder `destination`, which belongs to nobody else. Returns the
+/// SHA-256 of each source file, in hexadecimal.
 ///
 /// # Errors
-/// Everything that [`CheckpointError`] names; the shards are then not valid files, and it is the caller who removes
-/// them.
+/// Everything that [`CheckpointError`] names; the shards are then not valid files, and it is the caller who removes or
+/// resumes them.
 pub fn pack(
     plan: &Plan,
     spec: &QuantSpec,
     destination: &Path,
     options: PackOptions,
+    resumption: Option<Resumption<'_>>,
     control: &Control,
 ) -> Result<Vec<String>, CheckpointError> {
     control.set_total(plan.source_bytes());
-    let writer = Writer::create(destination, plan)?;
+    let journal = resumption.map(|resumption| Journal::open(resumption.journal)).transpose()?;
+    let writer = Writer::open(destination, plan)?;
+    let nothing = Finished::default();
+    let finished = resumption.map_or(&nothing, |resumption| resumption.finished);
+    let Remaining { done, wanted, digests } = Remaining::check(plan, &writer, finished, control)?;
+    let mut digests = digests;
     let slice_bytes = options.slice_bytes.max(1);
     let (events, unhashed) = mpsc::sync_channel(BUFFERS);
     let (hashed, incoming) = mpsc::sync_channel(BUFFERS);
     let (recycle, empties) = mpsc::channel();
+    let (news, written) = mpsc::channel();
     for _ in 0..BUFFERS {
         // The receiver lives in this function.
         let _ = recycle.send(Buffer::new(slice_bytes));
     }
-    let mut digests = Vec::with_capacity(plan.sources.len());
     thread::scope(|scope| {
-        let lines = Lines { events, empties };
-        scope.spawn(move || read_all(&plan.sources, slice_bytes, &lines, control));
+        let (lines, wanted) = (Lines { events, empties }, &wanted);
+        scope.spawn(move || read_all(&plan.sources, wanted, slice_bytes, &lines, control));
         scope.spawn(move || hash_all(unhashed, &hashed));
+        let output = &writer;
+        let recorder = journal.map(|journal| scope.spawn(move || record_all(plan, output, journal, written, control)));
         let mut worker = Worker::new(plan, spec, &writer, options.num_threads, control);
         // Moved in, so that on every way out the other threads find nobody listening and end.
-        let (incoming, recycle) = (incoming, recycle);
+        let (incoming, recycle, news) = (incoming, recycle, news);
         for event in &incoming {
             match event? {
                 Hashed::Slice(Slice { source, tensor, piece, buffer }) => {
-                    worker.work(source, tensor, piece, buffer.filled())?;
+                    if !done[source][tensor] && worker.work(source, tensor, piece, buffer.filled())? {
+                        // Nobody listens where there is no journal, or where it failed, which is told below.
+                        let _ = news.send(Written::Tensor { source, tensor });
+                    }
                     control.advance(buffer.filled().len() as u64);
                     let _ = recycle.send(buffer);
                 }
-                Hashed::Digest(digest) => {
-                    control.advance(plan.sources[digests.len()].header.data_start());
-                    digests.push(digest);
+                Hashed::Digest { source, digest } => {
+                    control.advance(plan.sources[source].header.data_start());
+                    if digests[source].as_ref().is_some_and(|earlier| *earlier != digest) {
+                        return Err(changed(&plan.sources[source]));
+                    }
+                    let _ = news.send(Written::File { source, digest: digest.clone() });
+                    digests[source] = Some(digest);
                 }
             }
         }
+        drop(news);
+        match recorder.map(thread::ScopedJoinHandle::join) {
+            Some(Ok(outcome)) => outcome?,
+            Some(Err(panic)) => std::panic::resume_unwind(panic),
+            None => {}
+        }
         control.check().map_err(CheckpointError::from)
     })?;
+    let digests: Vec<String> = digests.into_iter().flatten().collect();
     for shard in 0..plan.shards.len() {
         control.check()?;
         writer.finish(shard, &plan.header_bytes(shard, &digests))?;
     }
     Ok(digests)
+}
+
+/// What the journal hears of.
+#[derive(Debug)]
+enum Written {
+    /// A tensor's output.
+    Tensor { source: usize, tensor: usize },
+    /// A source file is read to its end.
+    File { source: usize, digest: String },
+}
+
+/// Keep the journal until nobody has news. Outputs are read back, from the page cache, to be hashed: a quarter of what is
+/// hashed of the source, and off the path that everything else waits on.
+fn record_all(
+    plan: &Plan,
+    writer: &Writer,
+    mut journal: Journal,
+    written: Receiver<Written>,
+    control: &Control,
+) -> Result<(), CheckpointError> {
+    for news in written {
+        match news {
+            Written::Tensor { source, tensor } => {
+                let source = &plan.sources[source];
+                let sha256 = writer.hash(&source.extents(tensor), control)?;
+                journal.add_tensor(&source.header.tensors[tensor].name, &sha256)?;
+            }
+            Written::File { source, digest } => journal.add_file(&plan.sources[source].name, &digest)?,
+        }
+    }
+    Ok(())
 }
 
 /// The weight in work, and memory that is used again from slice to slice.
@@ -123,17 +188,22 @@ impl<'a> Worker<'a> {
         }
     }
 
-    fn work(&mut self, source: usize, tensor: usize, piece: Piece, bytes: &[u8]) -> Result<(), CheckpointError> {
+    /// Returns whether the tensor is finished with this slice.
+    fn work(&mut self, source: usize, tensor: usize, piece: Piece, bytes: &[u8]) -> Result<bool, CheckpointError> {
         match (&self.plan.sources[source].steps[tensor], piece) {
-            (Step::Copy(slot), Piece::Bytes { offset }) => self.writer.write(*slot, offset as usize, bytes),
+            (Step::Copy(slot), Piece::Bytes { offset }) => {
+                self.writer.write(*slot, offset as usize, bytes)?;
+                Ok(offset + bytes.len() as u64 == self.plan.sources[source].header.tensors[tensor].bytes())
+            }
             (Step::Pack(step), Piece::Block { expert, row, rows, col, cols }) => {
                 let at = At { expert, row, rows, col, cols };
                 self.quantize(step, at, bytes)?;
-                let last = at.row + at.rows == step.rows && at.col + at.cols == step.cols;
-                if last && at.expert + 1 == step.experts {
+                let last =
+                    at.row + at.rows == step.rows && at.col + at.cols == step.cols && at.expert + 1 == step.experts;
+                if last {
                     self.refuse_nonfinite(source, tensor)?;
                 }
-                Ok(())
+                Ok(last)
             }
             _ => unreachable!("the reader cuts a tensor as its step says"),
         }

@@ -35,6 +35,15 @@ pub struct Slot {
     pub offset: u64,
 }
 
+/// A stretch of an output file.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Extent {
+    /// Where it begins.
+    pub slot: Slot,
+    /// How long it is.
+    pub bytes: u64,
+}
+
 /// Where the parts of a packed weight of shape (experts, rows, cols) go.
 #[derive(Debug, Clone, Copy)]
 pub struct PackStep {
@@ -65,6 +74,27 @@ pub enum Step {
     Pack(PackStep),
 }
 
+impl Step {
+    /// The places of everything that a tensor of `bytes` becomes.
+    #[must_use]
+    pub fn extents(&self, bytes: u64) -> Vec<Extent> {
+        match self {
+            Self::Copy(slot) => vec![Extent { slot: *slot, bytes }],
+            Self::Pack(step) => {
+                let (blocks, groups) = (step.layout.blocks() as u64, step.layout.groups() as u64);
+                let scale_bytes = if step.nested.is_some() { 1 } else { 4 };
+                let codes = Extent { slot: step.codes, bytes: step.layout.code_bytes() as u64 };
+                let mut extents = vec![codes, Extent { slot: step.absmax, bytes: scale_bytes * blocks }];
+                if let Some((scale, offset)) = step.nested {
+                    extents.push(Extent { slot: scale, bytes: 4 * groups });
+                    extents.push(Extent { slot: offset, bytes: 4 * step.experts as u64 });
+                }
+                extents
+            }
+        }
+    }
+}
+
 /// A source file and what happens to its tensors.
 #[derive(Debug)]
 pub struct Source {
@@ -76,6 +106,14 @@ pub struct Source {
     pub header: Header,
     /// One per tensor of the header, in its order.
     pub steps: Vec<Step>,
+}
+
+impl Source {
+    /// The places of everything that a tensor becomes.
+    #[must_use]
+    pub fn extents(&self, tensor: usize) -> Vec<Extent> {
+        self.steps[tensor].extents(self.header.tensors[tensor].bytes())
+    }
 }
 
 /// An output file.

@@ -87,7 +87,10 @@ pub enum Event {
     /// The next bytes of the data.
     Slice(Slice),
     /// The file was read to its end, and is still the one that was opened.
-    End,
+    End {
+        /// Index into the plan's sources.
+        source: usize,
+    },
 }
 
 /// The pieces of a weight, each at most `slice_bytes` (but one block at least), in storage order.
@@ -139,9 +142,9 @@ pub struct Lines {
     pub empties: Receiver<Buffer>,
 }
 
-/// Read all sources; ends early, in silence, once the other end is gone.
-pub fn read_all(sources: &[Source], slice_bytes: usize, lines: &Lines, control: &Control) {
-    for (index, source) in sources.iter().enumerate() {
+/// Read the sources that `wanted` names; ends early, in silence, once the other end is gone.
+pub fn read_all(sources: &[Source], wanted: &[bool], slice_bytes: usize, lines: &Lines, control: &Control) {
+    for (index, source) in sources.iter().enumerate().filter(|(index, _)| wanted[*index]) {
         match read_one(index, source, slice_bytes, lines, control) {
             Ok(true) => {}
             Ok(false) => return,
@@ -167,8 +170,11 @@ fn read_one(
     let opened = file.metadata().map_err(CheckpointError::io(path))?;
     // Advice only: a file system that has none to take reads just the same.
     let _ = fadvise(&file, 0, None, Advice::Sequential);
-    if Header::read_open(path, &file)? != source.header {
-        return Err(changed(source));
+    match Header::read_open(path, &file) {
+        Ok(header) if header == source.header => {}
+        // It was whole when the plan was made.
+        Ok(_) | Err(CheckpointError::Format { .. }) => return Err(changed(source)),
+        Err(error) => return Err(error),
     }
     let mut front = vec![0u8; source.header.data_start() as usize];
     read_exact(&mut file, &mut front, source)?;
@@ -190,10 +196,12 @@ fn read_one(
     if stamp(&now) != stamp(&opened) {
         return Err(changed(source));
     }
-    Ok(lines.events.send(Ok(Event::End)).is_ok())
+    Ok(lines.events.send(Ok(Event::End { source: index })).is_ok())
 }
 
-fn changed(source: &Source) -> CheckpointError {
+/// The error for a source that is not what it was when it was opened.
+#[must_use]
+pub fn changed(source: &Source) -> CheckpointError {
     CheckpointError::format(&source.path, "changed while it was being read; start again once nothing writes to it")
 }
 

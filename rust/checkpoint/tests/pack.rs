@@ -5,7 +5,7 @@ use std::fs;
 use std::path::Path;
 
 use half::{bf16, f16};
-use qlora_checkpoint::{CheckpointError, Header, PackOptions, Plan, PlanRequest, pack};
+use qlora_checkpoint::{CheckpointError, Finished, Header, PackOptions, Plan, PlanRequest, Resumption, pack};
 use qlora_core::{
     Control, CoreError, Floats, Layout, Nonfinite, Parallel, QuantSpec, QuantType, double_quantize, quantize,
 };
@@ -72,7 +72,7 @@ fn run(folder: &Path, spec: &QuantSpec, slice_bytes: usize, max_shard_size: u64)
     let out = tempfile::tempdir_in(folder).expect("folder");
     let control = Control::default();
     let options = PackOptions { slice_bytes, num_threads: 2 };
-    let digests = pack(&plan, spec, out.path(), options, &control).expect("packs");
+    let digests = pack(&plan, spec, out.path(), options, None, &control).expect("packs");
     let (done, total) = control.progress();
     assert_eq!(done, total);
     let shards = plan.shards.iter().map(|shard| fs::read(out.path().join(&shard.name)).expect("written")).collect();
@@ -200,7 +200,7 @@ fn every_nonfinite_value_of_a_weight_is_counted_across_slices() {
     for slice_bytes in [64, 600, 1 << 20] {
         let out = tempfile::tempdir().expect("folder");
         let options = PackOptions { slice_bytes, num_threads: 1 };
-        let error = pack(&plan, &spec, out.path(), options, &Control::default()).expect_err("refused");
+        let error = pack(&plan, &spec, out.path(), options, None, &Control::default()).expect_err("refused");
         let CheckpointError::NonFinite { count, first, tensor, .. } = error else { panic!("{error}") };
         assert_eq!((count, first, tensor.as_str()), (2, 215, "w"));
     }
@@ -222,7 +222,7 @@ fn a_source_that_changes_after_planning_is_noticed() {
     let plan = Plan::new(&request).expect("plans");
     write(&folder.path().join("b.safetensors"), &[("other", Dtype::U8, vec![1], vec![9])]);
     let out = tempfile::tempdir().expect("folder");
-    let error = pack(&plan, &spec, out.path(), PackOptions::default(), &Control::default()).expect_err("refused");
+    let error = pack(&plan, &spec, out.path(), PackOptions::default(), None, &Control::default()).expect_err("refused");
     assert!(error.to_string().contains("changed while it was being read"), "{error}");
 }
 
@@ -275,6 +275,79 @@ fn a_wish_to_stop_ends_the_work() {
     let control = Control::default();
     control.cancel();
     let out = tempfile::tempdir().expect("folder");
-    let error = pack(&plan, &spec, out.path(), PackOptions::default(), &control).expect_err("stopped");
+    let error = pack(&plan, &spec, out.path(), PackOptions::default(), None, &control).expect_err("stopped");
     assert!(matches!(error, CheckpointError::Core(CoreError::Interrupted)));
+}
+
+/// The lines that a run has added to its journal, as (kind, name, SHA-256).
+fn journal_lines(path: &Path) -> Vec<(String, String, String)> {
+    let text = fs::read_to_string(path).expect("readable");
+    text.lines()
+        .map(|line| {
+            let entry: HashMap<String, String> = serde_json::from_str(line).expect("a line of strings");
+            let kind = if entry.contains_key("tensor") { "tensor" } else { "file" };
+            (kind.to_owned(), entry[kind].clone(), entry["sha256"].clone())
+        })
+        .collect()
+}
+
+#[test]
+fn whatever_was_finished_the_rest_makes_the_same_files() {
+    let spec = QuantSpec::new(QuantType::Nf4, 64, true, None).expect("valid");
+    let folder = tempfile::tempdir().expect("folder");
+    let (files, packed) = (source(folder.path()), PACKED.map(String::from));
+    let request = PlanRequest {
+        source: folder.path(),
+        files: &files,
+        packed: &packed,
+        spec: &spec,
+        max_shard_size: 1000,
+        version: "1",
+    };
+    let plan = Plan::new(&request).expect("plans");
+    let (journal, out) = (folder.path().join("journal"), folder.path().join("out"));
+    fs::create_dir(&out).expect("made");
+    let run = |finished: &Finished| {
+        let control = Control::default();
+        let options = PackOptions { slice_bytes: 500, num_threads: 1 };
+        fs::write(&journal, "").expect("writable");
+        let resumption = Some(Resumption { journal: &journal, finished });
+        let digests = pack(&plan, &spec, &out, options, resumption, &control).expect("packs");
+        let (done, total) = control.progress();
+        assert_eq!(done, total);
+        let read = |name: &String| fs::read(out.join(name)).expect("written");
+        (digests, plan.shards.iter().map(|shard| read(&shard.name)).collect::<Vec<_>>())
+    };
+    let whole = run(&Finished::default());
+    let lines = journal_lines(&journal);
+    assert_eq!(lines.len(), 8); // six tensors that are not empty, two files
+    for count in 0..=lines.len() {
+        let mut finished = Finished::default();
+        for (kind, name, sha256) in &lines[..count] {
+            let into = if kind == "tensor" { &mut finished.tensors } else { &mut finished.files };
+            into.insert(name.clone(), sha256.clone());
+        }
+        // Everything that is not said to be finished is spoilt.
+        for (index, source) in plan.sources.iter().enumerate() {
+            for (tensor, info) in source.header.tensors.iter().enumerate() {
+                if !finished.tensors.contains_key(&info.name) {
+                    for extent in plan.sources[index].extents(tensor) {
+                        let path = out.join(&plan.shards[extent.slot.shard].name);
+                        let mut bytes = fs::read(&path).expect("readable");
+                        let start = extent.slot.offset as usize;
+                        bytes[start..start + extent.bytes as usize].fill(0xa5);
+                        fs::write(&path, bytes).expect("writable");
+                    }
+                }
+            }
+        }
+        assert_eq!(run(&finished), whole, "after {count} lines");
+        assert!(journal_lines(&journal).len() >= lines.len() - count);
+    }
+    let mut wrong = Finished::default();
+    wrong.files.insert(files[0].clone(), "0".repeat(64));
+    fs::write(&journal, "").expect("writable");
+    let resumption = Some(Resumption { journal: &journal, finished: &wrong });
+    let error = pack(&plan, &spec, &out, PackOptions::default(), resumption, &Control::default()).expect_err("changed");
+    assert!(error.to_string().contains("changed while it was being read"), "{error}");
 }

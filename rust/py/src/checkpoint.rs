@@ -1,11 +1,12 @@
 //! Files to files: headers, plans, and the streamed packing.
 
+use std::collections::HashMap;
 use std::path::PathBuf;
 
 use pyo3::exceptions::PyOSError;
 use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyList};
-use qlora_checkpoint::{CheckpointError, Header, PackOptions, Plan, PlanRequest, Tensor, pack};
+use qlora_checkpoint::{CheckpointError, Finished, Header, PackOptions, Plan, PlanRequest, Resumption, Tensor, pack};
 
 use crate::boundary::{IntoPyErr, detached, detached_brief};
 use crate::spec::Spec;
@@ -52,11 +53,12 @@ pub fn read_header(py: Python<'_>, path: PathBuf) -> PyResult<Bound<'_, PyDict>>
 }
 
 /// Quantize the tensors named `packed` of `files` in the folder `source`, copy the others, and write safetensors files
-/// into the existing folder `destination`; with none, only plan.
+/// into the existing folder `destination`; with none, only plan. What is finished gets a line in the existing file
+/// `journal`. What was so already, by the SHA-256 of source tensors' outputs and of source files, is checked and kept.
 ///
 /// Returns `{"shards": [{"name", "tensors": [(name, dtype, shape, start, end), ...]}, ...], "source_sha256": {file: hex}}`.
 #[pyfunction]
-#[pyo3(signature = (spec, *, source, files, packed, destination, max_shard_size, slice_bytes, num_threads, progress))]
+#[pyo3(signature = (spec, *, source, files, packed, destination, journal, finished_tensors, finished_files, max_shard_size, slice_bytes, num_threads, progress))]
 #[allow(clippy::too_many_arguments, clippy::needless_pass_by_value)] // named at the only call; pyo3 hands over values
 pub fn pack_checkpoint<'py>(
     py: Python<'py>,
@@ -65,6 +67,9 @@ pub fn pack_checkpoint<'py>(
     files: Vec<String>,
     packed: Vec<String>,
     destination: Option<PathBuf>,
+    journal: Option<PathBuf>,
+    finished_tensors: HashMap<String, String>,
+    finished_files: HashMap<String, String>,
     max_shard_size: u64,
     slice_bytes: usize,
     num_threads: usize,
@@ -76,7 +81,11 @@ pub fn pack_checkpoint<'py>(
         let request = PlanRequest { source: &source, files: &files, packed: &packed, spec, max_shard_size, version };
         let plan = Plan::new(&request)?;
         let digests = match destination {
-            Some(folder) => pack(&plan, spec, &folder, PackOptions { slice_bytes, num_threads }, control)?,
+            Some(folder) => {
+                let finished = Finished { tensors: finished_tensors, files: finished_files };
+                let resumption = journal.as_deref().map(|journal| Resumption { journal, finished: &finished });
+                pack(&plan, spec, &folder, PackOptions { slice_bytes, num_threads }, resumption, control)?
+            }
             None => Vec::new(),
         };
         Ok::<_, CheckpointError>((plan, digests))

@@ -1,0 +1,150 @@
+"""The journal of an unfinished output folder: which command makes it, and what of it is finished."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from qlora_rs import _core
+from qlora_rs.checkpoint.source import CONFIG, Source
+
+JOURNAL = ".qlora_rs_journal.jsonl"
+_VERSION = 2
+# A line for each of a hundred thousand tensors takes some 20 MB; a longer journal is not ours.
+_MAX_BYTES = 1 << 28
+
+Command = Mapping[str, Any]
+
+
+@dataclass
+class Journal:
+    """A file of JSON lines: first the command, then a line for each thing that is finished, written as it is.
+
+    Nothing is synced: a line says how its data hash, so that data which a power cut took are noticed and made again.
+
+    Attributes:
+        path: the file.
+        command: what makes the folder, as plain JSON values.
+        tensors: SHA-256 of the bytes of the tensors that were written, by name.
+        files: SHA-256 of the source files that were read to their end, by name.
+        results: what was found out while a tensor was made, where the command reports that.
+    """
+
+    path: Path
+    command: Command
+    tensors: dict[str, str] = field(default_factory=dict)
+    files: dict[str, str] = field(default_factory=dict)
+    results: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def read(cls, path: Path) -> Journal | None:
+        """A journal that a run has left; None where the file is none. A line that was cut off ends it."""
+        try:
+            if path.is_symlink() or path.stat().st_size > _MAX_BYTES:
+                return None
+            first, *lines = path.read_bytes().split(b"\n")
+        except OSError:
+            return None
+        head = _parse(first)
+        if head is None or head.get("format_version") != _VERSION or not isinstance(head.get("command"), dict):
+            return None
+        journal = cls(path, head["command"])
+        for line in lines:
+            entry = _parse(line)
+            if entry is None or not journal._take(entry):
+                break
+        return journal
+
+    def write(self) -> None:
+        """Write the file anew, whole or not at all."""
+        draft = self.path.with_name(f"{JOURNAL}.draft")
+        with open(draft, "w", encoding="utf-8") as file:
+            file.writelines(json.dumps(entry) + "\n" for entry in self._entries())
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(draft, self.path)
+
+    def add_tensor(self, name: str, sha256: str, result: Any = None) -> None:
+        """Append that a tensor is written, and what is to be known of it."""
+        self.tensors[name] = sha256
+        entry = {"tensor": name, "sha256": sha256}
+        if result is not None:
+            self.results[name] = entry["result"] = result
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(entry) + "\n")
+
+    def differences(self, command: Command) -> list[str]:
+        """In what the command that began this differs from ``command``, for people."""
+        then, now = _flat(json.loads(json.dumps(self.command))), _flat(json.loads(json.dumps(command)))
+        return [
+            f"{name} was {json.dumps(then.get(name))}, now {json.dumps(now.get(name))}"
+            for name in {**then, **now}
+            if then.get(name) != now.get(name)
+        ]
+
+    def _take(self, entry: Mapping[str, Any]) -> bool:
+        sha256 = entry.get("sha256")
+        kind = "tensor" if "tensor" in entry else "file"
+        name = entry.get(kind)
+        if not isinstance(sha256, str) or not isinstance(name, str):
+            return False
+        (self.tensors if kind == "tensor" else self.files)[name] = sha256
+        if "result" in entry:
+            self.results[name] = entry["result"]
+        return True
+
+    def _entries(self) -> Iterator[dict[str, Any]]:
+        yield {"format_version": _VERSION, "command": dict(self.command)}
+        for name, sha256 in self.tensors.items():
+            yield {
+                "tensor": name,
+                "sha256": sha256,
+                **({"result": self.results[name]} if name in self.results else {}),
+            }
+        for name, sha256 in self.files.items():
+            yield {"file": name, "sha256": sha256}
+
+
+def describe_command(name: str, source: Source, **options: Any) -> dict[str, Any]:
+    """What has to be the same for a run to be resumed: the command, its options, and the state of what it reads.
+
+    Args:
+        name: of the command.
+        source: the model folder that it reads.
+        options: everything else that the output depends on, as plain JSON values.
+    """
+    read = describe_files(source.path, (CONFIG, *source.files))
+    return {"command": name, "qlora_rs": _core.__version__, "source": read, **options}
+
+
+def describe_files(folder: Path, names: Iterable[str]) -> dict[str, str]:
+    """Where a folder is, and the size and time of change of its files."""
+    return {"folder": os.path.realpath(folder), **{name: _stamp(folder / name) for name in names}}
+
+
+def _stamp(path: Path) -> str:
+    """Size and time of the last change: another content has the same two only by intent."""
+    status = path.stat()
+    seconds, nanoseconds = divmod(status.st_mtime_ns, 1_000_000_000)
+    changed = datetime.fromtimestamp(seconds, timezone.utc).strftime("%Y-%m-%d %H:%M:%S")
+    return f"{status.st_size} bytes, changed {changed}.{nanoseconds:09} UTC"
+
+
+def _parse(line: bytes) -> dict[str, Any] | None:
+    try:
+        entry = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return entry if isinstance(entry, dict) else None
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        flat |= _flat(value, f"{prefix}{name} ") if isinstance(value, dict) else {prefix + name: value}
+    return flat

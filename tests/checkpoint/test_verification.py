@@ -283,7 +283,7 @@ def test_hashes_of_files_outside_the_source_are_not_taken(pair) -> None:
 def test_the_report_as_json_holds_every_tensor(pair, flip_bit) -> None:
     flip_bit(pair[0] / "model.safetensors", NORM)
     document = json.loads(json.dumps(checkpoint.verify(*pair).to_dict()))
-    assert document["summary"] == {"same": 20, "different": 1, "missing": 0, "extra": 0}
+    assert document["summary"] == {"same": 20, "rounding": 0, "different": 1, "missing": 0, "extra": 0}
     assert (document["same"], document["same_files"]) == (False, True)
     assert len(document["tensors"]) == 21
     (changed,) = [tensor for tensor in document["tensors"] if tensor["name"] == NORM]
@@ -291,7 +291,7 @@ def test_the_report_as_json_holds_every_tensor(pair, flip_bit) -> None:
         "name": NORM,
         "kind": "kept",
         "status": "different",
-        "parts": [{"part": "bytes", "differing": 1, "total": 144}],
+        "parts": [{"part": "bytes", "differing": 1, "total": 144, "at_border": 0}],
         "reason": "",
     }
     assert document["spec"] == QuantSpec().to_config()

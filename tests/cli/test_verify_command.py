@@ -100,3 +100,11 @@ def test_ctrl_c_is_exit_code_130(command, packed_llama, tiny_llama, monkeypatch)
     monkeypatch.setattr("qlora_rs.cli.output.progress_bytes", interrupting)
     outcome = command("verify", packed_llama, "--source", tiny_llama)
     assert (outcome.code, outcome.out, outcome.err) == (130, "", "interrupted\n")
+
+
+def test_a_bitsandbytes_folder_that_only_rounds_otherwise_is_no_difference(command, repository):
+    golden = repository / "tests" / "golden" / "bitsandbytes"
+    outcome = command("verify", golden / "nf4-double", "--source", golden / "source")
+    assert outcome.code == 0
+    assert "absmax 12 of 384 (12 of them at a border)" in outcome.out
+    assert command("verify", golden / "nf4", "--source", golden / "nf4-as-f16").code == 2

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -12,7 +14,9 @@ from torch import Tensor
 
 from qlora_rs.checkpoint.dequantized import open_float_source
 from qlora_rs.checkpoint.differences import DiffReport, TensorDiff
+from qlora_rs.checkpoint.flat import FlatWeight, is_flat, unaligned
 from qlora_rs.checkpoint.inspection import CheckpointInfo, TensorRow, inspect
+from qlora_rs.checkpoint.parts import StoredPart, stored_parts
 from qlora_rs.checkpoint.progress import ByteCounter, Progress
 from qlora_rs.checkpoint.slices import (
     VALUE_DTYPES,
@@ -39,8 +43,9 @@ def diff(a: str | os.PathLike[str], b: str | os.PathLike[str], *, progress: Prog
 
     Tensors that are stored alike are compared byte for byte: codes and scales of packed weights, bytes of the others.
     Where they differ, and where they are stored in different ways, so are the values that they stand for: packed ones
-    dequantized to float32, all compared in float64. Weights of GPTQ, AWQ and compressed-tensors are compared as the
-    floats that those libraries make of them. Tensors pass through in slices.
+    dequantized to float32, all compared in float64. A weight of bitsandbytes in 4 bits is stored like a native one if
+    its rows are whole blocks. Weights of GPTQ, AWQ and compressed-tensors are compared as the floats that those
+    libraries make of them. Tensors pass through in slices.
 
     Args:
         a: a model folder; relative errors are relative to its values.
@@ -61,7 +66,7 @@ def diff(a: str | os.PathLike[str], b: str | os.PathLike[str], *, progress: Prog
     for path in paths:
         require_folder(path)
     infos = inspect(paths[0]), inspect(paths[1])
-    foreign = [info for info in infos if info.format not in NATIVE and not info.schemes]
+    foreign = [info for info in infos if info.format not in NATIVE and not info.schemes and not is_flat(info.config)]
     if foreign and infos[0].format != infos[1].format:
         raise UnsupportedError(
             f"{foreign[0].path}: is quantized by {foreign[0].format!r}; it can be compared with its like only"
@@ -87,17 +92,26 @@ class _Side:
 
     @classmethod
     def of(cls, info: CheckpointInfo, reader: SliceReader) -> _Side:
-        if info.format in NATIVE:
+        if info.format in NATIVE or is_flat(info.config):
             return cls({row.name: row for row in info.tensors}, info.spec, reader)
         stored = reader.source.tensors.values()
         return cls(
             {t.name: TensorRow(t.name, "kept", t.dtype, t.shape, t.nbytes, t.file) for t in stored}, None, reader
         )
 
+    def flat(self, row: TensorRow) -> FlatWeight | None:
+        """How bitsandbytes packed a weight."""
+        return self.reader.flat.get(row.name)
+
+    def spec_of(self, row: TensorRow) -> QuantSpec | None:
+        """How a tensor is packed; a bitsandbytes folder may hold weights of several kinds."""
+        flat = self.flat(row)
+        return (self.spec if flat is None else flat.spec) if row.kind == "packed" else None
+
     def values(self, row: TensorRow, first: int, count: int) -> Tensor:
-        if row.kind == "packed":
-            assert self.spec is not None
-            return packed_values(self.reader, row, self.spec, first, count)
+        spec = self.spec_of(row)
+        if spec is not None:
+            return packed_values(self.reader, row, spec, first, count)
         return kept_values(self.reader, row, first, count)
 
 
@@ -106,21 +120,16 @@ def _compare(name: str, a: _Side, b: _Side, counter: ByteCounter) -> TensorDiff:
     if row_a is None or row_b is None:
         counter.add(sum(row.bytes for row in (row_a, row_b) if row is not None))
         return TensorDiff(name, "only_in_a" if row_b is None else "only_in_b", row_a, row_b)
-    reasons = _reasons(row_a, row_b, a.spec, b.spec)
-    parts: list[PartDifference] = []
-    if row_a.shape == row_b.shape:
-        parts = [
-            _part(f"{name}{suffix}", part, bits, a.reader, b.reader, counter)
-            for part, suffix, bits in _comparable(row_a, row_b, a.spec, b.spec)
-        ]
-    if not parts:
-        counter.add(row_a.bytes + row_b.bytes)
+    reasons = _reasons(row_a, row_b, a, b)
+    end = counter.done + row_a.bytes + row_b.bytes
+    parts = _parts(row_a, row_b, a, b, counter) if row_a.shape == row_b.shape else []
+    counter.add(end - counter.done)
     if not reasons and not any(part.differing for part in parts):
         return TensorDiff(name, "same", row_a, row_b, tuple(parts))
     distance = None
     if row_a.shape == row_b.shape and all(row.kind == "packed" or row.dtype in VALUE_DTYPES for row in (row_a, row_b)):
         distance = _Distance()
-        whole_rows = "packed" in (row_a.kind, row_b.kind)
+        whole_rows = any(row.kind == "packed" and side.flat(row) is None for row, side in ((row_a, a), (row_b, b)))
         for first, count in element_ranges(row_a.shape, whole_rows):
             distance.add(a.values(row_a, first, count), b.values(row_b, first, count))
     if distance is None:
@@ -140,43 +149,64 @@ def _compare(name: str, a: _Side, b: _Side, counter: ByteCounter) -> TensorDiff:
     )
 
 
-def _reasons(a: TensorRow, b: TensorRow, spec_a: QuantSpec | None, spec_b: QuantSpec | None) -> list[str]:
+def _reasons(row_a: TensorRow, row_b: TensorRow, a: _Side, b: _Side) -> list[str]:
     """How two tensors of one name differ before their data is looked at."""
     reasons = []
-    if a.shape != b.shape:
-        reasons.append(f"shape {list(a.shape)} / {list(b.shape)}")
-    if a.kind == b.kind == "packed" and spec_a is not None and spec_b is not None:
+    if row_a.shape != row_b.shape:
+        reasons.append(f"shape {list(row_a.shape)} / {list(row_b.shape)}")
+    spec_a, spec_b = a.spec_of(row_a), b.spec_of(row_b)
+    if spec_a is not None and spec_b is not None:
         for field in fields(QuantSpec):
             of_a, of_b = getattr(spec_a, field.name), getattr(spec_b, field.name)
             if of_a != of_b:
                 reasons.append("other codebooks" if field.name == "codebook" else f"{field.name} {of_a} / {of_b}")
-    elif a.dtype != b.dtype:
-        reasons.append(f"{a.dtype} / {b.dtype}")
+        reasons += _layout_reasons(row_a, row_b, a, b)
+    elif row_a.dtype != row_b.dtype:
+        reasons.append(f"{row_a.dtype} / {row_b.dtype}")
     return reasons
 
 
-def _comparable(
-    a: TensorRow, b: TensorRow, spec_a: QuantSpec | None, spec_b: QuantSpec | None
-) -> list[tuple[str, str, int]]:
-    """(part, suffix of its name, bits of an element) of what is stored alike in both."""
-    if a.kind == b.kind == "kept":
-        return [("bytes", "", 8)] if a.dtype == b.dtype else []
-    if a.kind != b.kind or spec_a is None or spec_b is None or spec_a.values != spec_b.values:
+def _layout_reasons(row_a: TensorRow, row_b: TensorRow, a: _Side, b: _Side) -> Iterator[str]:
+    """How the layouts of two packed weights differ, where one of them is bitsandbytes'."""
+    flat_a, flat_b = a.flat(row_a), b.flat(row_b)
+    if flat_a is not None and flat_b is not None:
+        if flat_a.dtype != flat_b.dtype:
+            yield f"quantized from {flat_a.dtype} / {flat_b.dtype}"
+        types = [side.reader.source.tensors[row.name].dtype for side, row in ((a, row_a), (b, row_b))]
+        if types[0] != types[1]:
+            yield f"codes stored as {types[0]} / {types[1]}"
+    elif (flat_a is None) != (flat_b is None):
+        spec = a.spec_of(row_a)
+        if spec is not None and unaligned(row_a.shape, spec) is not None:
+            layouts = ["by rows" if flat is None else "flat" for flat in (flat_a, flat_b)]
+            yield f"blocks {layouts[0]} / {layouts[1]}"
+
+
+def _parts(row_a: TensorRow, row_b: TensorRow, a: _Side, b: _Side, counter: ByteCounter) -> list[PartDifference]:
+    """How much differs of what is stored alike in both."""
+    spec_a, spec_b = a.spec_of(row_a), b.spec_of(row_b)
+    if spec_a is None and spec_b is None:
+        if row_a.dtype != row_b.dtype:
+            return []
+        size = row_a.bytes
+        whole = [
+            StoredPart("bytes", 8, size, partial(side.reader.read, row.name)) for side, row in ((a, row_a), (b, row_b))
+        ]
+        return [_part(whole[0], whole[1], counter)]
+    if spec_a is None or spec_b is None or spec_a.values != spec_b.values:
         return []
-    parts = [("codes", "", spec_a.bits)]
-    if spec_a == spec_b:
-        parts.append(("absmax", "_absmax", 8 if spec_a.double_quant else 32))
-        if spec_a.double_quant:
-            parts.extend([("absmax_scale", "_absmax_scale", 32), ("absmax_offset", "_absmax_offset", 32)])
-    return parts
+    if (a.flat(row_a) is None) != (b.flat(row_b) is None) and unaligned(row_a.shape, spec_a) is not None:
+        return []
+    pairs = zip(stored_parts(a.reader, row_a, spec_a), stored_parts(b.reader, row_b, spec_b), strict=False)
+    return [_part(*pair, counter) for pair in pairs if pair[0].part == "codes" or spec_a == spec_b]
 
 
-def _part(name: str, part: str, bits: int, a: SliceReader, b: SliceReader, counter: ByteCounter) -> PartDifference:
-    total, differing = a.source.tensors[name].nbytes, 0
-    for start, count in byte_ranges(total):
-        differing += count_differing(a.read(name, start, count), b.read(name, start, count), bits)
+def _part(a: StoredPart, b: StoredPart, counter: ByteCounter) -> PartDifference:
+    differing = 0
+    for start, count in byte_ranges(a.nbytes):
+        differing += count_differing(a.read(start, count), b.read(start, count), a.bits)
         counter.add(2 * count)
-    return PartDifference(part, differing, 8 * total // bits)
+    return PartDifference(a.part, differing, 8 * a.nbytes // a.bits)
 
 
 class _Distance:

@@ -52,7 +52,8 @@ class TensorDiff:
 
     def to_dict(self) -> dict[str, Any]:
         """The same in plain lists and dicts."""
-        return {**asdict(self), "relative_error": self.relative_error}
+        parts = [{"part": each.part, "differing": each.differing, "total": each.total} for each in self.parts]
+        return {**asdict(self), "parts": parts, "relative_error": self.relative_error}
 
 
 @dataclass(frozen=True)

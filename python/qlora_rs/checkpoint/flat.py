@@ -107,9 +107,7 @@ def flat_packed(
         UnsupportedError: its codes, or the codes of its scales, stand for other values than here.
     """
     name, spec = weight.name, weight.spec
-    _expect_map(source, name, ".quant_map", stored, code_values(spec))
-    if spec.double_quant:
-        _expect_map(source, name, ".nested_quant_map", stored, scale_values())
+    expect_maps(source, weight, stored)
     scale, offset = None, None
     if weight.offset is not None:
         scale = stored(f"{name}.nested_absmax").reshape(-1)
@@ -118,6 +116,13 @@ def flat_packed(
     elements = 2 * codes.numel() if weight.shape is None else math.prod(weight.shape)
     absmax = stored(f"{name}.absmax").reshape(1, -1)
     return PackedTensor(codes.reshape(1, -1), absmax, scale, offset, spec, (1, elements), dtype)
+
+
+def expect_maps(source: Source, weight: FlatWeight, stored: Callable[[str], Tensor]) -> None:
+    """Raise UnsupportedError unless codes, and the codes of scales, stand for the values that they have here."""
+    _expect_map(source, weight.name, ".quant_map", stored, code_values(weight.spec))
+    if weight.spec.double_quant:
+        _expect_map(source, weight.name, ".nested_quant_map", stored, scale_values())
 
 
 def aligned_packed(

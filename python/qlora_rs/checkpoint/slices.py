@@ -6,6 +6,7 @@ import math
 import os
 from collections.abc import Iterator
 from contextlib import ExitStack
+from functools import cached_property
 from io import FileIO
 from types import TracebackType
 from typing import Any
@@ -13,9 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qlora_rs.checkpoint.flat import FlatWeight, expect_maps, is_flat, read_flat_weights
 from qlora_rs.checkpoint.foreign import ForeignWeight
 from qlora_rs.checkpoint.inspection import TensorRow
-from qlora_rs.checkpoint.source import Source
+from qlora_rs.checkpoint.source import Source, find_quantization_config
 from qlora_rs.checkpoint.stored import StoredReader
 from qlora_rs.errors import FormatError
 from qlora_rs.packed import NESTED_BLOCK_SIZE, PackedTensor
@@ -79,6 +81,24 @@ class SliceReader:
             done += got
         return content
 
+    @cached_property
+    def flat(self) -> dict[str, FlatWeight]:
+        """The 4-bit weights of a bitsandbytes folder, by name.
+
+        Raises:
+            FormatError, UnsupportedError: as `read_flat_weights`; codes that stand for other values than here.
+        """
+        if not is_flat(find_quantization_config(self.source.config)):
+            return {}
+
+        def stored(name: str) -> Tensor:
+            return self._stored.read(self.source.tensors[name])
+
+        weights = read_flat_weights(self.source, stored)
+        for weight in weights.values():
+            expect_maps(self.source, weight, stored)
+        return weights
+
     def _foreign(self, weight: ForeignWeight, start: int, count: int) -> Tensor:
         row_bytes = weight.shape[1] * weight.value_dtype.itemsize
         above = start // row_bytes // weight.row_step * weight.row_step
@@ -138,12 +158,16 @@ def kept_values(reader: SliceReader, row: TensorRow, first: int, count: int) -> 
 
 
 def packed_values(reader: SliceReader, row: TensorRow, spec: QuantSpec, first: int, count: int) -> Tensor:
-    """``count`` dequantized float32 elements of a packed weight; ``first`` is of `element_ranges` in whole rows.
+    """``count`` dequantized float32 elements of a packed weight; of a native one ``first`` is of `element_ranges` in
+    whole rows.
 
     Raises:
         FormatError: a code lies outside the codebook, or a file changed since its header was read.
     """
     try:
+        if row.name in reader.flat:
+            skipped, packed = flat_slice(reader, reader.flat[row.name], first, count)
+            return dequantize(packed).flatten()[skipped : skipped + count]
         return dequantize(packed_slice(reader, row, spec, first, count)).flatten()
     except ValueError as error:
         raise FormatError(f"{reader.source.path / row.file}: {row.name}: {error}") from None
@@ -171,6 +195,27 @@ def packed_slice(reader: SliceReader, row: TensorRow, spec: QuantSpec, first: in
     else:
         absmax = part("_absmax", above * blocks, taken * blocks, 4).view(torch.float32)
     return PackedTensor(codes, absmax.view(taken, blocks), scale, offset, spec, (taken, columns), torch.float32)
+
+
+def flat_slice(reader: SliceReader, weight: FlatWeight, first: int, count: int) -> tuple[int, PackedTensor]:
+    """Elements of a bitsandbytes weight as one row, from where their group of scales begins; how many of them come
+    before ``first``.
+    """
+    spec = weight.spec
+    start = first - first % (spec.block_size * NESTED_BLOCK_SIZE)
+    taken = first + count - start
+    block, blocks = start // spec.block_size, -(-taken // spec.block_size)
+    codes = reader.read(weight.name, start // 2, -(-taken // 2))
+    scale = offset = None
+    if weight.offset is None:
+        absmax = reader.read(f"{weight.name}.absmax", 4 * block, 4 * blocks).view(torch.float32)
+    else:
+        absmax = reader.read(f"{weight.name}.absmax", block, blocks)
+        groups = -(-blocks // NESTED_BLOCK_SIZE)
+        scale = reader.read(f"{weight.name}.nested_absmax", block // NESTED_BLOCK_SIZE * 4, 4 * groups)
+        scale, offset = scale.view(torch.float32), torch.tensor([weight.offset], dtype=torch.float32)
+    packed = PackedTensor(codes.view(1, -1), absmax.view(1, -1), scale, offset, spec, (1, taken), torch.float32)
+    return first - start, packed
 
 
 def sliced_rows(packed: PackedTensor, first: int, count: int) -> PackedTensor:

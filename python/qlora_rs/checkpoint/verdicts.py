@@ -9,6 +9,8 @@ from typing import Any
 from qlora_rs.report import fold
 from qlora_rs.spec import QuantSpec
 
+STATUSES = ("same", "rounding", "different", "missing", "extra")
+
 
 @dataclass(frozen=True)
 class PartDifference:
@@ -19,19 +21,24 @@ class PartDifference:
             and scales; ``"bytes"`` of a tensor that is not packed.
         differing: how many differ.
         total: of how many.
+        at_border: how many of those that differ belong to a value at the border between two codes, which bitsandbytes
+            rounds in its own way; 0 for a native folder.
     """
 
     part: str
     differing: int
     total: int
+    at_border: int = 0
 
     def __add__(self, other: PartDifference) -> PartDifference:
         """The same part of both."""
-        return PartDifference(self.part, self.differing + other.differing, self.total + other.total)
+        differing, at_border = self.differing + other.differing, self.at_border + other.at_border
+        return PartDifference(self.part, differing, self.total + other.total, at_border)
 
     def __str__(self) -> str:
         """``codes 1 of 5,184``."""
-        return f"{self.part} {self.differing:,} of {self.total:,}"
+        borders = f" ({self.at_border:,} of them at a border)" if self.at_border else ""
+        return f"{self.part} {self.differing:,} of {self.total:,}{borders}"
 
 
 @dataclass(frozen=True)
@@ -71,8 +78,8 @@ class TensorVerdict:
     Attributes:
         name: full name.
         kind: ``"packed"`` or ``"kept"``; None where the packed folder lacks it.
-        status: ``"same"``, ``"different"``, ``"missing"`` (only the source has it) or ``"extra"`` (only the packed
-            folder has it).
+        status: ``"same"``; ``"rounding"``: all that differs is at a border, where bitsandbytes rounds in its own way;
+            ``"different"``, ``"missing"`` (only the source has it) or ``"extra"`` (only the packed folder has it).
         parts: what was compared.
         reason: why it was not compared, or what explains a difference; else empty.
     """
@@ -108,7 +115,7 @@ class VerifyReport:
     def same(self) -> bool:
         """Whether the packed folder is what the source gives; by the hashes where only these were checked."""
         if self.tensors:
-            return all(tensor.status == "same" for tensor in self.tensors)
+            return not self.differing
         return all(file.same for file in self.files)
 
     @property
@@ -118,8 +125,8 @@ class VerifyReport:
 
     @property
     def differing(self) -> tuple[TensorVerdict, ...]:
-        """The tensors that are not the same."""
-        return tuple(tensor for tensor in self.tensors if tensor.status != "same")
+        """The tensors that are not the same, nor only rounded in another way."""
+        return tuple(tensor for tensor in self.tensors if tensor.status not in ("same", "rounding"))
 
     def to_dict(self) -> dict[str, Any]:
         """The same in plain lists and dicts, as ``--json`` prints it."""
@@ -131,7 +138,7 @@ class VerifyReport:
             "source": self.source,
             "spec": None if self.spec is None else self.spec.to_config(),
             "files": [{**asdict(file), "same": file.same} for file in self.files],
-            "summary": {status: statuses.count(status) for status in ("same", "different", "missing", "extra")},
+            "summary": {status: statuses.count(status) for status in STATUSES},
             "tensors": [asdict(tensor) for tensor in self.tensors],
             "notes": list(self.notes),
         }
@@ -144,7 +151,8 @@ class VerifyReport:
             as_bytes = sum(tensor.kind == "kept" and bool(tensor.parts) for tensor in self.tensors)
             how = "" if self.spec is None else f" as {self.spec.describe()}"
             lines.append(f"compared {requantized} weights quantized again{how}, and {as_bytes} tensors as they are")
-        for name, group in fold(self.differing, lambda each: (each.status, each.reason)):
+        told = [tensor for tensor in self.tensors if tensor.status != "same"]
+        for name, group in fold(told, lambda each: (each.status, each.reason)):
             counts = ", ".join(
                 str(part) for part in add_parts(each for row in group for each in row.parts) if part.differing
             )
@@ -158,6 +166,11 @@ class VerifyReport:
             if self.same:
                 return f"{self.source} is what {self.packed} was made from; the packed tensors were not compared"
             return f"differs: {self.source} is not what {self.packed} was made from: another model or version of it"
+        if self.same and any(tensor.status == "rounding" for tensor in self.tensors):
+            return (
+                f"verified: {self.packed} is what quantizing {self.source} gives, but for values at the border between "
+                "two codes, which bitsandbytes rounds in its own way"
+            )
         if self.same:
             files = "" if self.same_files is not False else ", although its files are not the recorded ones"
             return f"verified: {self.packed} is what quantizing {self.source} gives, to the last bit{files}"

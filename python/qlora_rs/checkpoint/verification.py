@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from qlora_rs.checkpoint.choice import FLOAT_DTYPES
 from qlora_rs.checkpoint.dequantized import open_float_source
+from qlora_rs.checkpoint.flat import FlatWeight, is_flat
 from qlora_rs.checkpoint.inspection import CheckpointInfo, TensorRow, inspect
+from qlora_rs.checkpoint.parts import made_parts, stored_parts
 from qlora_rs.checkpoint.progress import ByteCounter, Progress
 from qlora_rs.checkpoint.provenance import file_sha256
+from qlora_rs.checkpoint.rounding import with_borders
 from qlora_rs.checkpoint.slices import VALUE_DTYPES, SliceReader, byte_ranges, count_differing, matrices
 from qlora_rs.checkpoint.source import StoredTensor, open_source, require_folder
 from qlora_rs.checkpoint.verdicts import FileHash, PartDifference, TensorVerdict, VerifyReport, add_parts
@@ -21,6 +26,7 @@ from qlora_rs.packed import PackedTensor
 from qlora_rs.quantization import quantize
 
 CHECKS = ("all", "hashes", "tensors")
+NONFINITE = "the source weight holds NaN or infinite values, which quantize refuses"
 
 
 def verify(
@@ -36,6 +42,10 @@ def verify(
     quantized from the source again, and codes, scales, group scales and offset are compared byte for byte, as are the
     tensors that stayed in floats. The tensors decide: a source that was cut into other files since is the same model.
     At most one matrix of the source is in memory at a time.
+
+    A folder of bitsandbytes in 4 bits is checked alike. It records no hashes, and differs from what quantizing gives
+    where a value lies at the border between two codes: there bitsandbytes rounds in its own way. Such differences are
+    counted, and are no fault.
 
     Args:
         packed: the packed folder.
@@ -84,10 +94,11 @@ def verify(
 
 
 def _require_packed(info: CheckpointInfo, check: str) -> None:
-    if info.spec is None or info.format != "qlora_rs":
+    if not (info.packed if is_flat(info.config) else info.spec is not None and info.format == "qlora_rs"):
         state = "not quantized" if info.format == "float" else f"quantized by {info.format!r}"
         raise UnsupportedError(
-            f"{info.path}: is {state}; verify checks a folder that qlora-rs packed (diff compares any two)"
+            f"{info.path}: is {state}; verify checks a folder that qlora-rs packed, or bitsandbytes in 4 bits (diff "
+            "compares any two)"
         )
     if check == "hashes" and not info.source_sha256:
         raise UnsupportedError(f"{info.path}: records no hashes of its source; compare the tensors instead")
@@ -109,15 +120,21 @@ class _Comparison:
             if tensor is None:
                 yield TensorVerdict(row.name, row.kind, "extra", reason="the source has no such tensor")
                 self.counter.add(row.bytes)
-            elif reason := _mismatch(row, tensor):
+            elif reason := _mismatch(row, tensor, self.packeds.flat.get(row.name)):
                 yield TensorVerdict(row.name, row.kind, "different", reason=reason)
                 self.counter.add(row.bytes)
             else:
-                yield self._packed(row, tensor) if row.kind == "packed" else self._kept(row)
+                yield self._compared(row, tensor)
         present = {row.name for row in self.info.tensors}
         for name in sources:
             if name not in present:
                 yield TensorVerdict(name, None, "missing", reason="the packed folder has no such tensor")
+
+    def _compared(self, row: TensorRow, tensor: StoredTensor) -> TensorVerdict:
+        if row.kind != "packed":
+            return self._kept(row)
+        flat = self.packeds.flat.get(row.name)
+        return self._packed(row, tensor) if flat is None else self._flat(row, tensor, flat)
 
     def _kept(self, row: TensorRow) -> TensorVerdict:
         differing = 0
@@ -141,20 +158,32 @@ class _Comparison:
             made = quantize(weight.view(rows, columns), spec, nonfinite="propagate")
             parts = list(self._parts(row, made, expert))
             if any(part.differing for part in parts) and not bool(torch.isfinite(weight).all()):
-                reason = "the source weight holds NaN or infinite values, which quantize refuses"
+                reason = NONFINITE
             found += parts
         return _verdict(row, found, reason)
 
+    def _flat(self, row: TensorRow, tensor: StoredTensor, flat: FlatWeight) -> TensorVerdict:
+        """A weight that bitsandbytes packed, or `convert` in its format: one run of blocks over all its rows."""
+        weight = self.originals.read(row.name, 0, tensor.nbytes).view(VALUE_DTYPES[tensor.dtype])
+        finite = bool(torch.isfinite(weight).all())
+        made = quantize(weight.view(1, -1), flat.spec, nonfinite="propagate")
+        stored = {part.part: part for part in stored_parts(self.packeds, row, flat.spec)}
+        theirs: dict[str, Tensor] = {}
+        found = []
+        for part, values in made_parts(made):
+            expected = values.flatten().view(torch.uint8)
+            theirs[part] = stored[part].read(0, expected.numel())
+            bits = stored[part].bits
+            differing = count_differing(theirs[part], expected, bits)
+            found.append(PartDifference(part, differing, 8 * expected.numel() // bits))
+        if finite and any(part.differing for part in found):
+            found = with_borders(found, weight, made, theirs, flat.spec)
+        self.counter.add(row.bytes)
+        return _verdict(row, found, "" if finite or not any(part.differing for part in found) else NONFINITE)
+
     def _parts(self, row: TensorRow, made: PackedTensor, expert: int) -> Iterator[PartDifference]:
         """What differs between one expert's stored parts and those that were made again."""
-        for part, values in (
-            ("codes", made.codes),
-            ("absmax", made.absmax),
-            ("absmax_scale", made.absmax_scale),
-            ("absmax_offset", made.absmax_offset),
-        ):
-            if values is None:
-                continue
+        for part, values in made_parts(made):
             expected = values.flatten().view(torch.uint8)
             bits = made.spec.bits if part == "codes" else 8 * values.element_size()
             name = row.name if part == "codes" else f"{row.name}_{part}"
@@ -166,9 +195,13 @@ class _Comparison:
             yield PartDifference(part, differing, 8 * expected.numel() // bits)
 
 
-def _mismatch(row: TensorRow, tensor: StoredTensor) -> str:
+def _mismatch(row: TensorRow, tensor: StoredTensor, flat: FlatWeight | None) -> str:
     """Why two tensors of one name cannot be compared, or nothing."""
-    if row.shape != tensor.shape:
+    if flat is not None and flat.shape is None:
+        elements = math.prod(tensor.shape)
+        if -(-elements // 2) * 2 != row.elements:
+            return f"{row.elements} codes, but {elements} elements in the source"
+    elif row.shape != tensor.shape:
         return f"shape {list(row.shape)}, but {list(tensor.shape)} in the source"
     if row.kind == "packed" and tensor.dtype not in FLOAT_DTYPES:
         return f"packed, but {tensor.dtype} in the source, which quantize does not pack"
@@ -178,5 +211,7 @@ def _mismatch(row: TensorRow, tensor: StoredTensor) -> str:
 
 
 def _verdict(row: TensorRow, parts: list[PartDifference], reason: str = "") -> TensorVerdict:
-    status = "different" if any(part.differing for part in parts) else "same"
+    status = "same"
+    if any(part.differing for part in parts):
+        status = "rounding" if all(part.differing == part.at_border for part in parts) else "different"
     return TensorVerdict(row.name, row.kind, status, add_parts(parts), reason)

@@ -33,6 +33,9 @@ def verify(
     codes and scales are compared to the last bit; tensors that stayed in 16 bits are compared byte for byte. The
     tensors decide: SRC may have been cut into other files since. At most one weight is in memory at a time.
 
+    PACKED may also be a folder of bitsandbytes in 4 bits. Its values at the border between two codes may have either;
+    these are counted, and are no difference.
+
     Exit code 0: PACKED is what SRC gives; 1: it is not.
 
     Example:

@@ -35,14 +35,32 @@ pub enum Table {
     /// Codes of four bits.
     Nibbles([f32; 16]),
     /// Codes of eight.
-    Bytes(Box<[f32; 256]>),
+    Bytes(Box<ByteTable>),
+}
+
+/// 256 values, as scalar and as vector code looks them up.
+#[derive(Debug, Clone)]
+pub struct ByteTable {
+    pub(crate) values: [f32; 256],
+    /// The lower halves of their bits.
+    pub(crate) lower: [u16; 256],
+    /// The upper halves.
+    pub(crate) upper: [u16; 256],
+}
+
+impl ByteTable {
+    fn new(book: &Codebook) -> Self {
+        let values: [f32; 256] = padded(book);
+        let half = |shift: u32| values.map(|value| (value.to_bits() >> shift) as u16);
+        Self { values, lower: half(0), upper: half(16) }
+    }
 }
 
 impl Table {
     /// Of a codebook.
     #[must_use]
     pub fn new(book: &Codebook) -> Self {
-        if book.bits() == 4 { Self::Nibbles(padded(book)) } else { Self::Bytes(Box::new(padded(book))) }
+        if book.bits() == 4 { Self::Nibbles(padded(book)) } else { Self::Bytes(Box::new(ByteTable::new(book))) }
     }
 
     /// Bits that a code takes: 4 or 8.
@@ -201,6 +219,7 @@ impl Job<'_> {
                     let (expert, within) = (block / per_expert, block % per_expert);
                     let here = (absmax.len() - done).min(per_expert - within);
                     decode_scales(
+                        self.level,
                         &codes[expert * per_expert..],
                         &scale[expert * groups..],
                         offset[expert],
@@ -273,7 +292,7 @@ pub(crate) fn dequantize_block<T: Element>(bytes: &[u8], absmax: f32, table: &Ta
         }
         Table::Bytes(table) => {
             for (value, code) in out.iter_mut().zip(bytes) {
-                *value = T::narrow(decode(table[usize::from(*code)], absmax));
+                *value = T::narrow(decode(table.values[usize::from(*code)], absmax));
             }
         }
     }

@@ -1,13 +1,14 @@
 //! Scales of scales: the float32 scales of each expert as 8-bit codes, a scale per 256 blocks, and an offset.
 
 use crate::control::Control;
-use crate::dynamic_map::{DynamicMap, dynamic_map_signed};
+use crate::dequantize::dequantize_block;
+use crate::dynamic_map::DynamicMap;
 use crate::error::CoreError;
 use crate::float::CANONICAL_NAN;
 use crate::layout::NESTED_BLOCK_SIZE;
 use crate::optimizer_state::encode_block;
 use crate::parallel::Parallel;
-use crate::simd::{SimdLevel, simd_level, with_ieee_floats};
+use crate::simd::{Kernels, SimdLevel, simd_level, with_ieee_floats};
 
 /// Code of 0 in the signed dynamic map.
 const ZERO: u8 = 127;
@@ -105,16 +106,21 @@ fn tree_mean(values: &[f32]) -> f32 {
 }
 
 /// Float32 scales of blocks `first..first + out.len()` of one expert: `map[code] * scale + offset`, each step rounded.
-pub(crate) fn decode_scales(codes: &[u8], scale: &[f32], offset: f32, first: usize, out: &mut [f32]) {
-    let map = dynamic_map_signed();
+pub(crate) fn decode_scales(level: SimdLevel, codes: &[u8], scale: &[f32], offset: f32, first: usize, out: &mut [f32]) {
+    let map = DynamicMap::Signed;
     let mut done = 0;
     while done < out.len() {
         let block = first + done;
         let here = (out.len() - done).min(NESTED_BLOCK_SIZE - block % NESTED_BLOCK_SIZE);
         let scale = scale[block / NESTED_BLOCK_SIZE];
-        for (value, code) in out[done..done + here].iter_mut().zip(&codes[block..block + here]) {
-            let product = map[usize::from(*code)] * scale;
-            *value = product + offset;
+        let (codes, out) = (&codes[block..block + here], &mut out[done..done + here]);
+        let whole = here - here % 32;
+        if whole > 0 {
+            f32::decode(level, &codes[..whole], &[scale], whole, map.table(), false, &mut out[..whole]);
+        }
+        dequantize_block(&codes[whole..], scale, map.table(), &mut out[whole..]);
+        for value in out {
+            *value += offset;
         }
         done += here;
     }
@@ -139,7 +145,7 @@ mod tests {
         let absmax: Vec<f32> = (0..1000).map(|i| 1.0 + 0.3 * ((i * 37 % 101) as f32 / 101.0)).collect();
         let (codes, scale, offset) = run(&absmax);
         let mut restored = vec![0.0; absmax.len()];
-        decode_scales(&codes, &scale, offset, 0, &mut restored);
+        decode_scales(simd_level().expect("set"), &codes, &scale, offset, 0, &mut restored);
         for (index, (a, b)) in absmax.iter().zip(&restored).enumerate() {
             assert!((a - b).abs() <= 0.0072 * scale[index / NESTED_BLOCK_SIZE] + 1e-6, "{index}: {a} {b}");
         }

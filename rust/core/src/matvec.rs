@@ -26,7 +26,7 @@ pub(crate) const UNIT: usize = 32;
 /// Sums side by side.
 pub(crate) const LANES: usize = UNIT / 2;
 /// Rows whose scales are decoded, and whose results are rounded, at a time.
-const ROWS_AT_A_TIME: usize = 16;
+const ROWS_AT_A_TIME: usize = 24;
 
 /// A packed matrix (rows, columns).
 #[derive(Debug, Clone, Copy)]
@@ -146,8 +146,7 @@ impl<'a> Job<'a> {
         }
         let products = Products { bias, y, parallel, control };
         let multiplies_bf16 = T::TYPE == FloatType::Bf16 && simd::multiplies_bf16(self.level);
-        // Units do not cross blocks.
-        if multiplies_bf16 && self.weight.layout.block_size().is_multiple_of(bf16::UNIT) {
+        if multiplies_bf16 && self.weight.layout.block_size() >= bf16::LEAST_BLOCK {
             self.run_staged(&stage::<T, bf16>(x, cols), products)
         } else {
             self.run_staged(&stage::<T, f32>(x, cols), products)
@@ -184,16 +183,24 @@ impl<'a> Job<'a> {
     fn piece<T: Element, X: Staged>(&self, staged: &[X], bias: Option<&[T]>, mut piece: Piece<'_, T>) -> bool {
         let layout = self.weight.layout;
         let (rows, tokens, per_row) = (piece.out[0].len(), piece.out.len(), layout.blocks_per_row());
-        let mut absmax = vec![0.0; per_row * ROWS_AT_A_TIME.min(rows)];
+        let mut buffer = vec![0.0; per_row * ROWS_AT_A_TIME.min(rows)];
         let mut sums = vec![0.0; tokens * ROWS_AT_A_TIME.min(rows)];
         let mut undefined = false;
         for start in (0..rows).step_by(ROWS_AT_A_TIME) {
             let here = ROWS_AT_A_TIME.min(rows - start);
             let first = piece.first + start;
-            let (absmax, sums) = (&mut absmax[..per_row * here], &mut sums[..tokens * here]);
-            self.scales(first * per_row, absmax);
-            // The kernels see to the codes that come next.
-            self.prefetch_scales((first + here) * per_row, per_row * ROWS_AT_A_TIME.min(rows - start - here));
+            let sums = &mut sums[..tokens * here];
+            let absmax = match self.weight.scales {
+                Scales::Plain(absmax) => &absmax[first * per_row..(first + here) * per_row],
+                Scales::Nested { codes, scale, offset } => {
+                    let absmax = &mut buffer[..per_row * here];
+                    decode_scales(self.level, codes, scale, offset[0], first * per_row, absmax);
+                    // The kernels see to the weight's own codes that come next.
+                    let next = (first + here) * per_row;
+                    simd::prefetch(&codes[next..next + per_row * ROWS_AT_A_TIME.min(rows - start - here)]);
+                    absmax
+                }
+            };
             let strip = Strip {
                 codes: &self.weight.codes[first * layout.bytes_per_row()..(first + here) * layout.bytes_per_row()],
                 absmax,
@@ -203,6 +210,13 @@ impl<'a> Job<'a> {
                 tokens: staged,
             };
             X::strip_products(self.level, &strip, sums);
+            // A scale that is not finite makes its row so, if not yet NaN.
+            for (sums, absmax) in sums.chunks_exact_mut(tokens).zip(absmax.chunks_exact(per_row.max(1))) {
+                let spoiled = sums.iter().any(|sum| !sum.is_finite()) && !absmax.iter().all(|scale| scale.is_finite());
+                if spoiled {
+                    sums.fill(CANONICAL_NAN);
+                }
+            }
             for (token, out) in piece.out.iter_mut().enumerate() {
                 for (row, value) in out[start..start + here].iter_mut().enumerate() {
                     let sum = sums[row * tokens + token];
@@ -214,24 +228,6 @@ impl<'a> Job<'a> {
         }
         undefined
     }
-
-    /// Scales from block `first` on; those that are not finite are NaN.
-    fn scales(&self, first: usize, out: &mut [f32]) {
-        match self.weight.scales {
-            Scales::Plain(absmax) => out.copy_from_slice(&absmax[first..first + out.len()]),
-            Scales::Nested { codes, scale, offset } => decode_scales(codes, scale, offset[0], first, out),
-        }
-        for value in out {
-            *value = if value.is_finite() { *value } else { CANONICAL_NAN };
-        }
-    }
-
-    fn prefetch_scales(&self, first: usize, count: usize) {
-        match self.weight.scales {
-            Scales::Plain(absmax) => simd::prefetch(&absmax[first..first + count]),
-            Scales::Nested { codes, .. } => simd::prefetch(&codes[first..first + count]),
-        }
-    }
 }
 
 /// What a product needs beside its weight and tokens.
@@ -242,23 +238,22 @@ struct Products<'a, T> {
     control: &'a Control,
 }
 
-/// Tokens unit by unit, the even elements before the odd ones (as nibbles of bytes come), zeros after the last. Into a
-/// type that holds every x exactly.
+/// Tokens unit by unit, zeros after the last. Of each [`Staged::APART`] consecutive elements of a unit all the first ones
+/// come first, then the second ones: the order in which vectors of codes give theirs. Into a type that holds every x
+/// exactly.
 fn stage<T: Element, X: Staged>(x: &[T], cols: usize) -> Vec<X> {
     if cols == 0 {
         return Vec::new();
     }
     let padded = cols.next_multiple_of(X::UNIT);
-    let mut staged = vec![X::narrow(0.0); x.len() / cols * padded];
+    let mut staged = vec![X::exactly(0.0); x.len() / cols * padded];
     for (token, staged) in x.chunks_exact(cols).zip(staged.chunks_exact_mut(padded)) {
         for (from, unit) in token.chunks(X::UNIT).zip(staged.chunks_exact_mut(X::UNIT)) {
-            let (even, odd) = unit.split_at_mut(X::UNIT / 2);
-            let pairs = from.chunks_exact(2);
-            if let [last] = pairs.remainder() {
-                even[from.len() / 2] = X::narrow(last.widen());
-            }
-            for ((pair, even), odd) in pairs.zip(even).zip(odd) {
-                (*even, *odd) = (X::narrow(pair[0].widen()), X::narrow(pair[1].widen()));
+            let part = X::UNIT / X::APART;
+            for (index, group) in from.chunks(X::APART).enumerate() {
+                for (nth, value) in group.iter().enumerate() {
+                    unit[nth * part + index] = X::exactly(value.widen());
+                }
             }
         }
     }
@@ -268,7 +263,7 @@ fn stage<T: Element, X: Staged>(x: &[T], cols: usize) -> Vec<X> {
 /// Some whole rows and all tokens.
 pub(crate) struct Strip<'a, X> {
     pub(crate) codes: &'a [u8],
-    /// Of each row in turn; finite or NaN.
+    /// Of each row in turn.
     pub(crate) absmax: &'a [f32],
     pub(crate) cols: usize,
     pub(crate) block_size: usize,

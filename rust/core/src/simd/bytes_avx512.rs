@@ -5,6 +5,7 @@
 use std::arch::x86_64::*;
 
 use super::avx512::Lanes;
+use crate::dequantize::ByteTable;
 
 /// Dequantize full blocks.
 ///
@@ -16,7 +17,7 @@ pub(super) unsafe fn decode<T: Lanes>(
     codes: &[u8],
     absmax: &[f32],
     block_size: usize,
-    table: &[f32; 256],
+    table: &ByteTable,
     streaming: bool,
     out: &mut [T],
 ) {
@@ -53,13 +54,12 @@ struct Registers {
 impl Registers {
     #[inline]
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")]
-    fn new(table: &[f32; 256]) -> Self {
-        let halves = |shift: u32| {
-            let words = table.map(|value| (value.to_bits() >> shift) as u16);
-            // SAFETY: 256 words are 8 times 64 bytes.
-            std::array::from_fn(|part| unsafe { _mm512_loadu_si512(words.as_ptr().add(32 * part).cast()) })
+    fn new(table: &ByteTable) -> Self {
+        // SAFETY: 256 words are 8 times 64 bytes.
+        let load = |words: &[u16; 256]| unsafe {
+            std::array::from_fn(|part| _mm512_loadu_si512(words.as_ptr().add(32 * part).cast()))
         };
-        Self { lower: halves(0), upper: halves(16) }
+        Self { lower: load(&table.lower), upper: load(&table.upper) }
     }
 
     /// Of 32 codes: elements 0-3, 8-11, 16-19, 24-27, and the others.

@@ -27,6 +27,13 @@ pub(crate) fn prefetch<T>(data: &[T]) {
 pub(crate) trait Staged: Element {
     /// Elements that are multiplied at a time.
     const UNIT: usize;
+    /// Consecutive elements that go to different vectors.
+    const APART: usize;
+    /// Smaller blocks are not multiplied in this type.
+    const LEAST_BLOCK: usize;
+
+    /// A value that this type holds.
+    fn exactly(value: f32) -> Self;
 
     /// Products of some rows and all tokens into `sums` (rows, tokens).
     fn strip_products(level: SimdLevel, strip: &Strip<'_, Self>, sums: &mut [f32])
@@ -36,6 +43,13 @@ pub(crate) trait Staged: Element {
 
 impl Staged for f32 {
     const UNIT: usize = UNIT;
+    const APART: usize = 2;
+    const LEAST_BLOCK: usize = UNIT;
+
+    #[inline]
+    fn exactly(value: f32) -> Self {
+        value
+    }
 
     fn strip_products(level: SimdLevel, strip: &Strip<'_, Self>, sums: &mut [f32]) {
         assert!(level <= SimdLevel::detected(), "the processor has no {}", level.as_str());
@@ -55,7 +69,14 @@ impl Staged for f32 {
 }
 
 impl Staged for bf16 {
-    const UNIT: usize = 2 * UNIT;
+    const UNIT: usize = 4 * UNIT;
+    const APART: usize = 4;
+    const LEAST_BLOCK: usize = 2 * UNIT;
+
+    #[inline]
+    fn exactly(value: f32) -> Self {
+        Self::from_bits((value.to_bits() >> 16) as u16)
+    }
 
     fn strip_products(level: SimdLevel, strip: &Strip<'_, Self>, sums: &mut [f32]) {
         assert!(level <= SimdLevel::detected() && multiplies_bf16(level), "the processor multiplies no bfloat16");
@@ -68,10 +89,69 @@ impl Staged for bf16 {
     }
 }
 
+/// Where a row's codes and scales and a token begin.
+pub(super) struct Corner<X> {
+    pub(super) codes: *const u8,
+    pub(super) absmax: *const f32,
+    pub(super) x: *const X,
+}
+
+impl<X: Staged> Corner<X> {
+    /// # Safety
+    /// The row and the token lie in the strip.
+    #[inline]
+    pub(super) unsafe fn of(strip: &Strip<'_, X>, row: usize, token: usize) -> Self {
+        // SAFETY: the caller's promise.
+        unsafe {
+            Self {
+                codes: strip.codes.as_ptr().add(row * strip.bytes_per_row()),
+                absmax: strip.absmax.as_ptr().add(row * strip.blocks_per_row()),
+                x: strip.tokens.as_ptr().add(token * strip.token_len()),
+            }
+        }
+    }
+}
+
+/// `$name::<R, BLOCK>(strip, row, tokens, sums)`: all tokens of `R` rows, by calls of `$tile::<R, T, BLOCK>` with up to
+/// four tokens, as many each as can be.
+macro_rules! tiles {
+    ($name:ident, $tile:ident, $element:ty, $features:literal) => {
+        /// All tokens of `R` rows.
+        ///
+        /// # Safety
+        /// As `strip_products`.
+        #[inline]
+        #[target_feature(enable = $features)]
+        unsafe fn $name<const R: usize, const BLOCK: usize>(
+            strip: &Strip<'_, $element>,
+            row: usize,
+            tokens: usize,
+            sums: &mut [f32],
+        ) {
+            let mut token = 0;
+            while token < tokens {
+                let left = tokens - token;
+                let here = left.div_ceil(left.div_ceil(4));
+                // SAFETY: the caller's promise.
+                unsafe {
+                    match here {
+                        1 => $tile::<R, 1, BLOCK>(strip, row, token, tokens, sums),
+                        2 => $tile::<R, 2, BLOCK>(strip, row, token, tokens, sums),
+                        3 => $tile::<R, 3, BLOCK>(strip, row, token, tokens, sums),
+                        _ => $tile::<R, 4, BLOCK>(strip, row, token, tokens, sums),
+                    }
+                }
+                token += here;
+            }
+        }
+    };
+}
+pub(super) use tiles;
+
 /// What the kernels' memory accesses rest on.
 fn check<X: Staged>(strip: &Strip<'_, X>, sums: &[f32]) {
     let (rows, tokens) = (strip.codes.len() / strip.bytes_per_row(), strip.tokens.len() / strip.token_len());
-    assert!(strip.block_size > 0 && strip.block_size.is_multiple_of(X::UNIT) && sums.len() == rows * tokens);
+    assert!(strip.block_size > 0 && strip.block_size.is_multiple_of(X::LEAST_BLOCK) && sums.len() == rows * tokens);
     assert!(strip.codes.len() == rows * strip.bytes_per_row() && strip.absmax.len() == rows * strip.blocks_per_row());
     assert!(strip.tokens.len() == tokens * strip.token_len());
 }

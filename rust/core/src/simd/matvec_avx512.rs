@@ -3,6 +3,7 @@
 #[allow(clippy::wildcard_imports)] // the instruction set's own names
 use std::arch::x86_64::*;
 
+use super::matvec::{Corner, tiles};
 use crate::matvec::{LANES, Strip, UNIT};
 
 /// See [`crate::matvec::strip_products`].
@@ -49,32 +50,7 @@ unsafe fn strip_products_by<const PER_BLOCK: usize>(strip: &Strip<'_, f32>, sums
     }
 }
 
-/// All tokens of `R` rows.
-///
-/// # Safety
-/// As [`strip_products`].
-#[inline]
-#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")]
-unsafe fn tiles<const R: usize, const PER_BLOCK: usize>(
-    strip: &Strip<'_, f32>,
-    row: usize,
-    tokens: usize,
-    sums: &mut [f32],
-) {
-    let mut token = 0;
-    while token < tokens {
-        // SAFETY: the caller's promise.
-        unsafe {
-            match tokens - token {
-                1 => tile::<R, 1, PER_BLOCK>(strip, row, token, tokens, sums),
-                2 => tile::<R, 2, PER_BLOCK>(strip, row, token, tokens, sums),
-                3 => tile::<R, 3, PER_BLOCK>(strip, row, token, tokens, sums),
-                _ => tile::<R, 4, PER_BLOCK>(strip, row, token, tokens, sums),
-            }
-        }
-        token += 4;
-    }
-}
+tiles!(tiles, tile, f32, "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c");
 
 /// `R` rows with `T` tokens, their sums in registers.
 ///
@@ -92,14 +68,8 @@ unsafe fn tile<const R: usize, const T: usize, const PER_BLOCK: usize>(
     let per_block = if PER_BLOCK > 0 { PER_BLOCK } else { strip.block_size / UNIT };
     let (units, whole) = (strip.cols / UNIT, strip.cols / UNIT / per_block);
     // SAFETY: the table has 16 entries; rows and tokens lie in the strip.
-    let (table, codes, absmax, x) = unsafe {
-        (
-            _mm512_loadu_ps(strip.table.as_ptr()),
-            strip.codes.as_ptr().add(row * bytes_per_row),
-            strip.absmax.as_ptr().add(row * blocks),
-            strip.tokens.as_ptr().add(token * strip.token_len()),
-        )
-    };
+    let (table, Corner { codes, absmax, x }) =
+        unsafe { (_mm512_loadu_ps(strip.table.as_ptr()), Corner::of(strip, row, token)) };
     // The rows that come next are where these end; the first tokens see them.
     let ahead = if token == 0 { R * bytes_per_row } else { 0 };
     let mut accumulators = [[_mm512_setzero_ps(); R]; T];
@@ -139,10 +109,17 @@ unsafe fn tile<const R: usize, const T: usize, const PER_BLOCK: usize>(
     }
     for (t, accumulators) in accumulators.iter().enumerate() {
         for (r, lanes) in accumulators.iter().enumerate() {
-            let eight = _mm256_add_ps(_mm512_castps512_ps256(*lanes), _mm512_extractf32x8_ps::<1>(*lanes));
-            sums[(row + r) * tokens + token + t] = super::matvec_avx2::sum(eight);
+            sums[(row + r) * tokens + token + t] = sum(*lanes);
         }
     }
+}
+
+/// Lane l + 8 to l, then l + 4, l + 2 and l + 1.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")]
+pub(super) fn sum(lanes: __m512) -> f32 {
+    let eight = _mm256_add_ps(_mm512_castps512_ps256(lanes), _mm512_extractf32x8_ps::<1>(lanes));
+    super::matvec_avx2::sum(eight)
 }
 
 /// One unit: 32 weights of each row, by the values that its block's codes stand for, with those of each token.

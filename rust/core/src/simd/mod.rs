@@ -175,7 +175,7 @@ macro_rules! kernels {
                             avx2::decode_blocks(codes, absmax, block_size, table, out);
                         }
                         (SimdLevel::Avx2, Table::Bytes(table)) => {
-                            bytes_avx2::decode(codes, absmax, block_size, table, out);
+                            bytes_avx2::decode(codes, absmax, block_size, &table.values, out);
                         }
                         (SimdLevel::Scalar, _) => decode_blocks(codes, absmax, block_size, table, out),
                     }

@@ -34,9 +34,9 @@ unsafe fn strip_products_by<const PER_BLOCK: usize>(strip: &Strip<'_, f32>, sums
     // SAFETY: the caller's promise, for rows and tokens that are there.
     unsafe {
         if tokens == 1 {
-            while row + 8 <= rows {
-                tile::<8, 1, PER_BLOCK>(strip, row, 0, 1, sums);
-                row += 8;
+            while row + 4 <= rows {
+                tile::<4, 1, PER_BLOCK>(strip, row, 0, 1, sums);
+                row += 4;
             }
         }
         while row + 4 <= rows {
@@ -90,7 +90,7 @@ unsafe fn tile<const R: usize, const T: usize, const PER_BLOCK: usize>(
                     if ahead > 0 && unit.is_multiple_of(4) {
                         let next = from.wrapping_add(ahead).cast();
                         // These rows, the next and a token would not fit the first-level cache together.
-                        if T == 1 { _mm_prefetch::<_MM_HINT_T1>(next) } else { _mm_prefetch::<_MM_HINT_T0>(next) }
+                        _mm_prefetch::<_MM_HINT_T1>(next);
                     }
                 }
             }

@@ -368,7 +368,7 @@ def test_other_formats_are_refused(tiny_llama, quantized, tmp_path) -> None:
         convert(tiny_llama, tmp_path / "out", "bitsandbytes")
     with pytest.raises(UnsupportedError, match="native format already"):
         convert(quantized / "nf4", tmp_path / "out", "native")
-    with pytest.raises(ValueError, match=r"native, bitsandbytes, bf16, fp16, gguf.*'exl2'"):
+    with pytest.raises(ValueError, match=r"native, bitsandbytes, bf16, fp16, compressed-tensors, gguf.*'exl2'"):
         convert(quantized / "nf4", tmp_path / "out", "exl2")
     shutil.copytree(GOLDEN / "nf4", tmp_path / "eight")
     config = tmp_path / "eight" / "config.json"

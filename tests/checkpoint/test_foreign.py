@@ -140,9 +140,11 @@ def test_diff_compares_the_values(tmp_path) -> None:
 
 
 def test_codes_of_other_meaning_are_not_passed_off_as_ours(tmp_path) -> None:
-    for target in ("native", "bitsandbytes"):
-        with pytest.raises(UnsupportedError, match="`qlora-rs quantize` packs the values anew"):
-            convert(GOLDEN / "awq-g32", tmp_path / "out", target)
+    with pytest.raises(UnsupportedError, match=r"awq's codes mean other values .* `--to native` packs the values anew"):
+        convert(GOLDEN / "awq-g32", tmp_path / "out", "bitsandbytes")
+    convert(GOLDEN / "awq-g32", tmp_path / "native", "native", spec=QuantSpec("nf4", 32))
+    convert(tmp_path / "native", tmp_path / "out", "bitsandbytes")
+    assert diff(tmp_path / "native", GOLDEN / "awq-g32").relative_error == pytest.approx(0.08, rel=0.2)
 
 
 def test_a_shard_alone_shows_its_whole_weights(tmp_path) -> None:

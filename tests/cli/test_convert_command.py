@@ -47,9 +47,14 @@ def test_json_is_one_document(command, tmp_path, to):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["{packed}", "out", "--to", "exl2"], "native, bitsandbytes, bf16, fp16, gguf"),
+        (["{packed}", "out", "--to", "exl2"], "native, bitsandbytes, bf16, fp16, compressed-tensors, gguf"),
         (["{packed}", "out", "--to", "gguf", "--type", "q4_k"], "f16, q8_0, bf16"),
         (["{packed}", "out", "--to", "bf16", "--type", "f16"], "for gguf alone"),
+        (["{packed}", "out", "--to", "bf16", "--block-size", "32"], "goes with compressed-tensors alone"),
+        (["{packed}", "out", "--to", "bf16", "--double-quant"], "--double-quant goes with --to native"),
+        (["{packed}", "out", "--to", "native", "--type", "int8"], "a data type goes with what GPTQ, AWQ or"),
+        (["{packed}", "out", "--to", "compressed-tensors", "--block-size", "64"], "a group size, 32 or 128"),
+        (["{packed}", "out", "--to", "compressed-tensors", "--type", "nf4"], "is written as int4 with plain scales"),
         (["{packed}", "out"], "--to"),
         (["{packed}", "out", "--to", "native"], "is in the native format already"),
         (["{packed}", "taken", "--to", "bf16"], "--overwrite"),
@@ -135,3 +140,23 @@ def test_gguf_is_one_file(command, tiny_llama, tmp_path):
     report = json.loads(outcome.out)
     assert (report["source"], report["target"], report["files"]) == ("float", "gguf q8_0", ["model.gguf"])
     assert (tmp_path / "model.gguf").read_bytes().startswith(b"GGUF")
+
+
+def test_compressed_tensors_are_written_from_16_bits_and_say_what_that_cost(command, tmp_path):
+    outcome = command(
+        "convert", GOLDEN / "source", tmp_path / "out", "--to", "compressed-tensors", "--block-size", "32"
+    )
+    assert outcome.code == 0, outcome.err
+    assert "7 weights (not packed) from float to compressed-tensors, 9 other tensors" in outcome.out_words
+    assert "note: rounding to packed INT4 changed the weights by 0.09" in outcome.out_words
+    assert checkpoint.inspect(tmp_path / "out").schemes == ("4 bits, groups of 32, symmetric",)
+
+
+def test_weights_of_gptq_become_native_of_the_type_asked(command, tmp_path):
+    gptq = GOLDEN.parent / "foreign" / "gptq-4bit-g32-sym"
+    outcome = command(
+        "convert", gptq, tmp_path / "out", "--to", "native", "--type", "int8", "--no-double-quant", "--json"
+    )
+    assert outcome.code == 0, outcome.err
+    assert "quantized anew" in json.loads(outcome.out)["notes"][0]
+    assert checkpoint.inspect(tmp_path / "out").spec == QuantSpec("int8", 64, False)

@@ -5,23 +5,27 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from qlora_rs.checkpoint.choice import choose_tensors
 from qlora_rs.checkpoint.companions import companion_files
+from qlora_rs.checkpoint.compressed_tensors import METHOD
 from qlora_rs.checkpoint.dequantized import open_float_source
 from qlora_rs.checkpoint.folder import resolve_destination
 from qlora_rs.checkpoint.gguf_names import require_gguf
 from qlora_rs.checkpoint.gguf_tokenizer import TOKENIZER_FILES
 from qlora_rs.checkpoint.inspection import CheckpointInfo, inspect
 from qlora_rs.checkpoint.job import Job
-from qlora_rs.checkpoint.journal import describe_command
+from qlora_rs.checkpoint.journal import Command, describe_command
 from qlora_rs.checkpoint.progress import ByteCounter, Progress
+from qlora_rs.checkpoint.repacking import mark_packed, plan_repacked
 from qlora_rs.checkpoint.source import open_source, require_folder
 from qlora_rs.checkpoint.to_bitsandbytes import plan_bitsandbytes
+from qlora_rs.checkpoint.to_compressed_tensors import GROUP_SIZES, CompressedPlan, plan_compressed
 from qlora_rs.checkpoint.to_floats import plan_floats
 from qlora_rs.checkpoint.to_gguf import FILE_TYPES, resolve_file, write_gguf
 from qlora_rs.checkpoint.to_native import plan_native
@@ -33,7 +37,7 @@ from qlora_rs.spec import QuantSpec
 
 FLOATS = {"bf16": torch.bfloat16, "fp16": torch.float16}
 GGUF = "gguf"
-TARGETS = ("native", "bitsandbytes", *FLOATS, GGUF)
+TARGETS = ("native", "bitsandbytes", *FLOATS, METHOD, GGUF)
 
 
 @dataclass(frozen=True)
@@ -43,9 +47,10 @@ class ConvertReport:
     Attributes:
         source: the format that was read: ``"qlora_rs"``, ``"bitsandbytes"``, ``"gptq"``, ``"awq"``,
             ``"compressed-tensors"`` or ``"float"``.
-        target: what was asked for: ``"native"``, ``"bitsandbytes"``, ``"bf16"``, ``"fp16"`` or ``"gguf"``.
+        target: what was asked for: ``"native"``, ``"bitsandbytes"``, ``"bf16"``, ``"fp16"``,
+            ``"compressed-tensors"`` or ``"gguf"``.
         spec: how the source's weights are packed, in one line; ``"not packed"`` where they are not.
-        weights: how many packed weights were converted.
+        weights: how many packed weights were converted, or packed anew.
         kept: how many other tensors there are.
         bytes_before: bytes of the source's tensors.
         bytes_after: bytes of the tensors that were written.
@@ -89,6 +94,8 @@ def convert(
     to: str,
     *,
     output_type: str | None = None,
+    spec: QuantSpec | None = None,
+    group_size: int | None = None,
     overwrite: bool = False,
     dry_run: bool = False,
     num_threads: int = 0,
@@ -99,18 +106,23 @@ def convert(
 
     Between the native format and that of bitsandbytes packed bytes stay what they are; ``"bf16"`` and ``"fp16"``
     dequantize them, and the weights of GPTQ, AWQ and compressed-tensors (packed integers) as those libraries do.
-    ``"gguf"`` writes one file, of models of the Llama family alone, with tokenizer and chat template in it.
+    ``"compressed-tensors"``, and ``"native"`` for what those three quantized, quantize the values anew, and the report
+    says so. ``"gguf"`` writes one file, of models of the Llama family alone, with tokenizer and chat template in it.
     Tensors pass through one at a time: memory does not grow with the model. ``dst`` is absent or whole at any time;
     after an interruption the same call goes on where it was, but for a GGUF file, which is begun anew.
 
     Args:
-        src: a packed model folder, native or of transformers with bitsandbytes in 4 bits; or one that GPTQ, AWQ or
-            compressed-tensors quantized, for ``"bf16"``, ``"fp16"`` and ``"gguf"``; for ``"gguf"`` also one in 16 or
-            32 bits. It is only read.
+        src: a packed model folder, native or of transformers with bitsandbytes in 4 bits; one that GPTQ, AWQ or
+            compressed-tensors quantized, for all but ``"bitsandbytes"``; one in 16 or 32 bits, for
+            ``"compressed-tensors"`` and ``"gguf"``. It is only read.
         dst: the folder to make; for ``"gguf"`` the file.
         to: ``"native"``; ``"bitsandbytes"``, as transformers saves it; ``"bf16"`` or ``"fp16"``, a plain model whose
-            float tensors all have that type; ``"gguf"``.
+            float tensors all have that type; ``"compressed-tensors"``, symmetric INT4 by groups that compressed-tensors
+            calls ``pack-quantized``; ``"gguf"``.
         output_type: of a GGUF file's matrices: ``"f16"`` (the default), ``"bf16"`` or ``"q8_0"``.
+        spec: how ``"native"`` quantizes the values of GPTQ, AWQ or compressed-tensors; NF4 in doubly quantized blocks
+            of 64 by default.
+        group_size: weights of a row that share a scale in ``"compressed-tensors"``: 32 (the default) or 128.
         overwrite: replace an existing model in ``dst`` once the new one is whole.
         dry_run: only report; nothing is written.
         num_threads: threads that dequantize; 0 for all that torch uses.
@@ -120,10 +132,11 @@ def convert(
     Raises:
         FileNotFoundError, NotADirectoryError: there is no such folder.
         FormatError: a file is damaged, or a value does not fit float16.
+        NonFiniteError: a weight that has to be quantized holds NaN or Inf.
         UnsupportedError: ``src`` is not packed, is ``native`` already, or holds what the other format cannot (a data
             type without a name there, rows that are no whole blocks, another family or tokenizer than GGUF is written
             of); ``dst`` is no place for a model, or is being made by another command; gguf-py is not installed.
-        ValueError: ``to`` or ``output_type`` names no format.
+        ValueError: ``to`` or ``output_type`` names no format; an option is given where it means nothing.
         OSError: the system failed, with the file's name; what is finished of a folder stays for the same call.
 
     >>> print(convert("SmolLM2-135M-nf4", "SmolLM2-135M-bnb", "bitsandbytes"))  # doctest: +SKIP
@@ -139,32 +152,73 @@ def convert(
     source_path = Path(src)
     require_folder(source_path)
     info = inspect(source_path)
-    spec = None if to == GGUF and info.format == "float" else _packed_spec(info)
-    source = open_source(source_path) if spec is not None else open_float_source(source_path)
-    job = Job(info, source, TensorReader(source), spec, max_shard_size)
-    advance = ByteCounter(progress, info.total_bytes).add
+    stored_spec = _stored_spec(info, to)
+    _check_asked(info, to, spec, group_size)
+    source = open_source(source_path) if stored_spec is not None else open_float_source(source_path)
     notes: list[str] = []
+    if to == METHOD and info.format == "float":
+        choice = choose_tensors(source)
+        notes += choice.notes
+        info = mark_packed(info, choice.packed)
+    job = Job(info, source, TensorReader(source), stored_spec, max_shard_size)
+    to_hash = source.file_bytes if source.foreign and to == "native" and not dry_run else 0
+    advance = ByteCounter(progress, (source.total_bytes if to_hash else info.total_bytes) + to_hash).add
     if to == GGUF:
         file = resolve_file(source_path, Path(dst), overwrite)
         with _threads(num_threads):
             return _to_gguf(job, file, output_type or "f16", None if dry_run else advance, notes)
     target = resolve_destination(source_path, Path(dst), overwrite)
+    command = None
+    if not dry_run:
+        asked = None if spec is None else spec.to_config()
+        options = {"to": to, "spec": asked, "group_size": group_size, "max_shard_size": max_shard_size}
+        command = describe_command("convert", source, **options)
+    if to == METHOD:
+        size = 32 if group_size is None else group_size
+        with _threads(num_threads):
+            return _to_compressed_tensors(job, target, size, command, overwrite, notes, advance)
     if to in FLOATS:
         plan = plan_floats(job, FLOATS[to], notes)
-    elif spec is None:
-        raise UnsupportedError(
-            f"{info.path}: {info.format}'s codes mean other values than those of {to}: `qlora-rs quantize` packs the "
-            "values anew, `--to fp16` and `--to bf16` keep them"
+    elif source.foreign:
+        plan = plan_repacked(
+            source,
+            [row.name for row in info.packed],
+            QuantSpec() if spec is None else spec,
+            not_converted=None,
+            hashed=None if dry_run else advance,
+            max_shard_size=max_shard_size,
+            notes=notes,
         )
     else:
         plan = plan_native(job, notes) if to == "native" else plan_bitsandbytes(job, notes)
-    if dry_run:
+    if command is None:
         _, left_out = companion_files(source)
     else:
-        command = describe_command("convert", source, to=to, max_shard_size=max_shard_size)
         with _threads(num_threads):
             left_out = write_model(source, target, plan, command, overwrite=overwrite, notes=notes, advance=advance)
     return _report(job, to, plan.nbytes, plan.files, left_out, notes)
+
+
+def _to_compressed_tensors(
+    job: Job,
+    target: Path,
+    group_size: int,
+    command: Command | None,
+    overwrite: bool,
+    notes: list[str],
+    advance: Callable[[int], None],
+) -> ConvertReport:
+    """``command`` is None where nothing is to be written."""
+    compressed = plan_compressed(job, group_size, notes)
+    if command is None:
+        _, left_out = companion_files(job.source)
+    else:
+        plan = compressed.plan
+        left_out = write_model(job.source, target, plan, command, overwrite=overwrite, notes=notes, advance=advance)
+        notes.append(_cost(job.info, compressed))
+    report = _report(job, METHOD, compressed.plan.nbytes, compressed.plan.files, left_out, notes)
+    weights = len(compressed.packed)
+    return replace(report, weights=weights, kept=report.kept + report.weights - weights)
 
 
 def _to_gguf(
@@ -212,14 +266,49 @@ def _threads(count: int) -> Iterator[None]:
             torch.set_num_threads(before)
 
 
-def _packed_spec(info: CheckpointInfo) -> QuantSpec | None:
-    """How the weights are packed; None where another library's codes are read as values."""
-    if info.spec is not None or info.schemes:
+def _stored_spec(info: CheckpointInfo, to: str) -> QuantSpec | None:
+    """How the weights are packed; None where they are floats, or another library's codes are read as values."""
+    if info.spec is not None:
         return info.spec
+    if info.schemes:
+        if to == "bitsandbytes":
+            raise UnsupportedError(
+                f"{info.path}: {info.format}'s codes mean other values than those of bitsandbytes: `--to native` packs "
+                "the values anew, and what it writes converts"
+            )
+        return None
     if info.unread is not None:
         raise UnsupportedError(info.unread)
     if info.format == "float":
+        if to in (METHOD, GGUF):
+            return None
         raise UnsupportedError(f"{info.path}: is not packed; `qlora-rs quantize` packs it")
     ways = sorted({row.dtype for row in info.packed})
     held = f"holds weights that are packed in several ways ({', '.join(ways)})" if ways else "holds no 4-bit weight"
     raise UnsupportedError(f"{info.path}: is quantized by {info.format!r} and {held}, which is not converted")
+
+
+def _check_asked(info: CheckpointInfo, to: str, spec: QuantSpec | None, group_size: int | None) -> None:
+    if group_size is not None and (to != METHOD or group_size not in GROUP_SIZES):
+        sizes = " or ".join(map(str, GROUP_SIZES))
+        raise ValueError(f"a group size, {sizes}, goes with {METHOD} alone; got {group_size} for {to}")
+    if spec is not None and (to != "native" or not info.schemes):
+        raise ValueError(
+            f"a data type goes with what GPTQ, AWQ or {METHOD} quantized, to native; {info.path} is "
+            f"{'not packed' if info.format == 'float' else 'quantized by ' + repr(info.format)}, to {to}"
+        )
+
+
+def _cost(info: CheckpointInfo, compressed: CompressedPlan) -> str:
+    """What writing packed INT4 changed, in one sentence."""
+    total, unchanged = len(compressed.packed), compressed.unchanged
+    kept = f"{unchanged} of {total} weights keep their codes and scales"
+    if unchanged == total:
+        return kept
+    changed = f"rounding to packed INT4 changed the weights by {compressed.relative_error:.4f} of their norm"
+    changed = f"{kept}; of the others, {changed}" if unchanged else changed
+    if info.format == "float":
+        return changed
+    how = info.spec.describe() if info.spec is not None else "; ".join(info.schemes)
+    before = f"{info.format} ({how})"
+    return f"{changed}, on top of what {before} had changed before; from the 16-bit model the sum would be less"

@@ -26,7 +26,7 @@ class Job:
         info: what it holds.
         source: the opened folder; seen in floats where the codes of its weights are not ours.
         reader: of ``source``.
-        stored_spec: how its packed weights are stored; None where their codes are not ours.
+        stored_spec: how its packed weights are stored; None where the source is one of floats, or is seen as such.
         max_shard_size: bytes of tensors per file of the output.
     """
 
@@ -63,15 +63,26 @@ class Job:
         """What of the source each tensor takes, in bytes; a packed weight's parts count with its codes."""
         return {row.name: row.bytes for row in self.info.tensors}
 
+    def exact_values(self, row: TensorRow) -> Tensor:
+        """A float or packed tensor's values, in a type that rounds none of them."""
+        if self._is_stored(row):
+            return self.reader.stored(row.name)
+        try:
+            return self.reader.dequantized(row.name, row.shape, self.spec)
+        except FormatError as error:
+            raise FormatError(f"{self.where(row)}: {error}") from None
+
+    def _is_stored(self, row: TensorRow) -> bool:
+        """Whether the source, as it is seen, holds floats under this name."""
+        return row.kind != "packed" or self.stored_spec is None
+
     def values(self, row: TensorRow, dtype: torch.dtype) -> Tensor:
         """A float or packed tensor's values in ``dtype``.
 
         Raises:
             FormatError: they do not fit ``dtype``, or the file holds what its format does not allow.
         """
-        stored = None
-        if row.kind != "packed" or row.name in self.source.foreign:
-            stored = self.reader.stored(row.name)
+        stored = self.exact_values(row) if self._is_stored(row) else None
         try:
             if stored is not None:
                 return cast(stored, dtype)

@@ -16,7 +16,7 @@ from qlora_rs.checkpoint.folder import copy_file, require_space, resolve_destina
 from qlora_rs.checkpoint.journal import describe_command
 from qlora_rs.checkpoint.partial import Partial, kept_bytes, partial_folder
 from qlora_rs.checkpoint.progress import ByteCounter
-from qlora_rs.checkpoint.repacking import describe_requantizing, plan_repacked
+from qlora_rs.checkpoint.repacking import plan_repacked
 from qlora_rs.checkpoint.source import CONFIG, FORMAT_VERSION, INDEX, Source
 from qlora_rs.checkpoint.writing import write_model
 from qlora_rs.report import PackedEntry, QuantizeReport, SkippedEntry
@@ -111,7 +111,6 @@ def quantize(
         max_shard_size=max_shard_size,
     )
     if source.foreign:
-        notes.append(describe_requantizing(source))
         advance = ByteCounter(progress, source.total_bytes + source.file_bytes).add
         repacked = plan_repacked(
             source,

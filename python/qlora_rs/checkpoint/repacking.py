@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from qlora_rs.checkpoint.inspection import TensorRow, inspect_source
+from qlora_rs.checkpoint.inspection import CheckpointInfo, TensorRow, inspect_source
 from qlora_rs.checkpoint.job import Job
 from qlora_rs.checkpoint.provenance import file_sha256
 from qlora_rs.checkpoint.source import Source, find_quantization_config
@@ -91,14 +91,11 @@ def plan_repacked(
         notes: gets what the user should know.
     """
     original = source.original or source
-    info = inspect_source(source)
-    chosen = set(names)
-    rows = tuple(
-        replace(row, kind="packed", dtype=spec.quant_type) if row.name in chosen else row for row in info.tensors
-    )
+    notes.append(_describe_requantizing(source))
+    info = mark_packed(inspect_source(source), names)
     reader = TensorReader(source)
     job = QuantizingJob(
-        info=replace(info, tensors=rows),
+        info=info,
         source=source,
         reader=reader,
         stored_spec=None,
@@ -109,7 +106,14 @@ def plan_repacked(
     return plan_native(job, notes, not_converted=not_converted, hashes=hashes)
 
 
-def describe_requantizing(source: Source) -> str:
+def mark_packed(info: CheckpointInfo, names: Collection[str]) -> CheckpointInfo:
+    """``info`` with the float tensors of these names told as packed: what they will be."""
+    chosen = set(names)
+    rows = (replace(row, kind="packed") if row.name in chosen else row for row in info.tensors)
+    return replace(info, tensors=tuple(rows))
+
+
+def _describe_requantizing(source: Source) -> str:
     """What quantizing the values of another library's folder means, in one sentence."""
     config = find_quantization_config((source.original or source).config) or {}
     method, schemes = config.get("quant_method"), sorted({weight.scheme for weight in source.foreign.values()})

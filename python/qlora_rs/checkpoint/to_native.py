@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -87,15 +87,16 @@ def _native_part(job: Job, row: TensorRow, part: str) -> Callable[[], Tensor]:
     return read
 
 
-def not_packed(job: Job, notes: list[str]) -> list[str]:
-    """Names of the Linear modules that stay in floats."""
+def not_packed(job: Job, notes: list[str], names: Collection[str] | None = None) -> list[str]:
+    """Names of the Linear modules that stay in floats, where weights of these ``names`` are packed (None: all are)."""
+    names = {row.name for row in job.info.packed} if names is None else names
     try:
         model = meta_model(job.source)
     except UnsupportedError as error:
         notes.append(f"modules_to_not_convert lists all matrices that are not packed: {error}")
-        kept = (row for row in job.info.tensors if row.kind == "kept" and len(row.shape) == 2)
+        kept = (row for row in job.info.tensors if row.name not in names and len(row.shape) == 2)
         return [row.name.removesuffix(".weight") for row in kept if row.name.endswith(".weight")]
     in_model, _ = parameter_names(job.source, model)
-    packed = {in_model.get(row.name) for row in job.info.packed}
+    packed = {in_model.get(name) for name in names}
     linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     return [name for name in linear if f"{name}.weight" not in packed]

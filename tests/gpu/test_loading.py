@@ -236,3 +236,10 @@ def test_a_second_device_is_filled_too(tiny_llama: Path, tmp_path: Path) -> None
     for name, tensor in tensors_of(second).items():
         assert tensor.device.index == 1, name
         assert torch.equal(tensor.cpu(), tensors_of(first)[name].cpu()), name
+
+
+@pytest.mark.parametrize("name", ["awq-g32", "gptq-4bit-g32-asym-act-order", "ct-int4-g32-sym"])
+def test_what_another_library_quantized_becomes_the_same_model_as_on_the_cpu(repository: Path, name: str) -> None:
+    folder = repository / "tests" / "golden" / "foreign" / name
+    device = qlora_rs.from_pretrained(folder, dtype=torch.bfloat16, device="cuda")
+    assert_same(device, qlora_rs.from_pretrained(folder, dtype=torch.bfloat16))

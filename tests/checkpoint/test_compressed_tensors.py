@@ -129,6 +129,7 @@ def test_config_is_that_of_their_own_folders_but_for_what_they_say_of_themselves
         ("ct-int4-g32-asym", 0),
         ("gptqmodel-4bit-g32-asym-gptq", 0),
         ("ct-int8-g32-asym", 0),
+        ("ct-int2-g32-sym", 0),
     ],
 )
 def test_codes_that_mean_the_same_are_kept(name, same, tmp_path) -> None:

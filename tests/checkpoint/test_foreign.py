@@ -41,7 +41,7 @@ def exact(name: str) -> str:
 
 
 def test_there_are_folders_of_each_library() -> None:
-    assert len(FOLDERS) == 17
+    assert len(FOLDERS) == 18
     assert {name.partition("-")[0] for name in FOLDERS} == {"gptq", "gptqmodel", "awq", "ct"}
 
 
@@ -129,6 +129,22 @@ def test_an_adapter_merges_over_the_values(tmp_path, load_folder) -> None:
     assert all(torch.equal(merged[key], alike[key]) for key in alike)
     with pytest.raises(ValueError, match="records no other base"):
         merge(folder, tmp_path / "adapter", tmp_path / "other", base=tmp_path / "plain")
+
+
+def test_a_model_packed_from_it_merges_over_its_values(tmp_path, load_folder) -> None:
+    from qlora_rs.merge import merge
+
+    folder = GOLDEN / "awq-g32"
+    quantize(folder, tmp_path / "packed", QuantSpec("nf4", 32))
+    model = qlora_rs.from_pretrained(tmp_path / "packed", dtype=torch.float32)
+    qlora_rs.attach_lora(model, r=4)  # whose B is zero: nothing is added
+    qlora_rs.save_adapter(model, tmp_path / "adapter")
+    merge(tmp_path / "packed", tmp_path / "adapter", tmp_path / "merged", dtype=torch.float16, base=folder)
+    merged = load_folder(tmp_path / "merged")
+    assert {weight: digest(merged[weight]) for weight in expected("awq-g32")} == expected("awq-g32")
+    other = GOLDEN / "gptq-4bit-g32-sym"
+    with pytest.raises(qlora_rs.FormatError, match="SHA-256"):
+        merge(tmp_path / "packed", tmp_path / "adapter", tmp_path / "other", base=other)
 
 
 def test_diff_compares_the_values(tmp_path) -> None:

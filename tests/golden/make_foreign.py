@@ -333,6 +333,7 @@ def main() -> None:
     make_compressed_tensors(
         "ct-int4-channel-asym", torch.float32, {"num_bits": 4, "symmetric": False, "strategy": "channel"}
     )
+    make_compressed_tensors("ct-int2-g32-sym", torch.bfloat16, {"num_bits": 2, "symmetric": True, **group})
     make_compressed_tensors("ct-int8-g32-asym", torch.bfloat16, {"num_bits": 8, "symmetric": False, **group})
     subprocess.run([sys.executable, __file__, str(packages), "old"], check=True)
     for path in HERE.rglob("*"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -259,3 +260,57 @@ def test_wrong_indices_leave_no_output_and_no_model(altered, case) -> None:
     assert os.listdir(folder.parent) == ["altered"]
     with pytest.raises(FormatError, match=message):
         from_pretrained(folder)
+
+
+EDITS: list[Callable[[torch.Tensor], torch.Tensor]] = [
+    lambda t: t[:-1],
+    lambda t: t[:0],
+    torch.Tensor.flatten,
+    lambda t: t.mT if t.ndim == 2 else t[None],
+    torch.Tensor.long,
+    torch.Tensor.double,
+    torch.Tensor.char,
+    torch.Tensor.bool,
+    torch.zeros_like,
+    lambda t: torch.randint(-(2**31), 2**31 - 1, t.shape).to(t.dtype),
+    lambda t: t.repeat(*[2] * t.ndim),
+    lambda t: t.reshape(-1)[0].clone(),
+    lambda t: t.to(torch.float8_e4m3fn) if t.is_floating_point() else t,
+]
+VALUES = [None, 0, -1, 1, 3, 8, 32, 128, 1 << 40, "4", "gptq", "group", [], {}, True, 2.5, "marlin"]
+
+
+def fields_of(config: dict[str, Any]) -> list[tuple[dict[str, Any], str]]:
+    inner = [field for value in config.values() if isinstance(value, dict) for field in fields_of(value)]
+    return [(config, key) for key in config] + inner
+
+
+@pytest.mark.parametrize("name", sorted(folder.name for folder in GOLDEN.iterdir()))
+def test_no_change_of_parts_and_fields_gives_anything_but_our_errors(altered, name) -> None:
+    generator = random.Random(name)
+
+    def change(tensors: Tensors, config: dict[str, Any]) -> None:
+        for _ in range(generator.randint(1, 2)):
+            part = generator.choice(sorted(key for key in tensors if "_proj" in key))
+            holder, field = generator.choice(fields_of(config))
+            match generator.randrange(4):
+                case 0:
+                    del tensors[part]
+                case 1:
+                    tensors[part] = generator.choice(EDITS)(tensors[part]).contiguous()
+                case 2:
+                    del holder[field]
+                case _:
+                    holder[field] = generator.choice(VALUES)
+
+    refused = []
+    for _ in range(8):
+        folder = altered(name, change)
+        try:
+            inspect(folder)
+            open_weights(folder)(f"{DOWN}.weight")
+        except (FormatError, UnsupportedError) as error:
+            refused.append(str(error))
+        shutil.rmtree(folder)
+    assert refused
+    assert all(str(folder) in message for message in refused)

@@ -15,8 +15,13 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def interleaved(work: Mapping[str, Callable[[], object]], repetitions: int, warm_up: int = 2) -> dict[str, float]:
-    """Median seconds of each function; in turns, so that a slow moment of the machine meets all."""
+def interleaved(
+    work: Mapping[str, Callable[[], object]],
+    repetitions: int,
+    warm_up: int = 2,
+    summary: Callable[[list[float]], float] = statistics.median,
+) -> dict[str, float]:
+    """Seconds of each function, summed up; in turns, so that a slow moment of the machine meets all."""
     seconds: dict[str, list[float]] = {name: [] for name in work}
     for repetition in range(warm_up + repetitions):
         for name, function in work.items():
@@ -25,17 +30,19 @@ def interleaved(work: Mapping[str, Callable[[], object]], repetitions: int, warm
             elapsed = time.perf_counter() - start
             if repetition >= warm_up:
                 seconds[name].append(elapsed)
-    return {name: statistics.median(values) for name, values in seconds.items()}
+    return {name: summary(values) for name, values in seconds.items()}
 
 
-def copy_speed(megabytes: int = 256, repetitions: int = 9) -> float:
+def copy_speed(
+    megabytes: int = 256, repetitions: int = 9, summary: Callable[[list[float]], float] = statistics.median
+) -> float:
     """Bytes a second, read and written together, of a plain copy in memory by torch's threads."""
     import torch
 
     source = torch.empty(megabytes << 20, dtype=torch.uint8).random_()
     target = torch.empty_like(source)
-    median = interleaved({"copy": lambda: target.copy_(source)}, repetitions)["copy"]
-    return 2 * source.nbytes / median
+    seconds = interleaved({"copy": lambda: target.copy_(source)}, repetitions, summary=summary)["copy"]
+    return 2 * source.nbytes / seconds
 
 
 def limit_to_cores(count: int) -> None:

@@ -195,8 +195,8 @@ def linear(
     num_threads: SupportsIndex,
 ) -> None:
     """
-    `y` (tokens, rows) = `x` (tokens, columns) times the transposed matrix, plus `bias` (rows), elements of `dtype`, for
-    4-bit codes: the dequantized matrix is never written. `absmax`, `scale` and `offset` as in `dequantize`.
+    `y` (tokens, rows) = `x` (tokens, columns) times the transposed matrix, plus `bias` (rows), elements of `dtype`; the
+    dequantized matrix is never written. `absmax`, `scale` and `offset` as in `dequantize`.
     """
 
 def pack_checkpoint(

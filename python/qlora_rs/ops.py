@@ -186,15 +186,14 @@ def _linear(x: Tensor, *packed_and_bias: Any) -> Tensor:
     _expect_width("x", "in_features", x, packed[4])
     if _fuses_on_cpu(x, packed[0]):
         spec = _checked(*packed)
-        if spec.bits == 4:
-            codes, absmax, scale, offset = packed[:4]
-            return _bridge.linear_cpu(x, codes, absmax, scale, offset, spec, None if bias is None else bias.to(x.dtype))
+        codes, absmax, scale, offset = packed[:4]
+        return _bridge.linear_cpu(x, codes, absmax, scale, offset, spec, None if bias is None else bias.to(x.dtype))
     weight: Tensor = _dequantize(*packed, dtype=x.dtype)
     return torch.nn.functional.linear(x, weight, None if bias is None else bias.to(x.dtype))
 
 
 def _fuses_on_cpu(x: Tensor, codes: Tensor) -> bool:
-    """Is a product with 4-bit codes made without dequantizing the weight first?"""
+    """Is a product made without dequantizing the weight first?"""
     few = 0 < x.numel() <= MOST_FUSED_TOKENS * x.shape[-1]
     return few and x.dtype in FLOAT_DTYPES and x.device.type == codes.device.type == "cpu" and codes.ndim == 2
 

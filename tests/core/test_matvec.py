@@ -14,7 +14,8 @@ import qlora_rs
 from qlora_rs import Linear4bit, PackedTensor, QuantSpec, _bridge, _core, ops, reference
 
 USER = (-1.0, -0.35, 0.1, 0.3, 0.5, 1.0)
-TYPES = ["nf4", "fp4", "int4", "codebook"]
+CODEBOOKS = {"codebook": USER, "codebook of 8 bits": tuple(k / 99 - 1 for k in range(199))}
+TYPES = ["nf4", "fp4", "int4", "int8", "dynamic8", *CODEBOOKS]
 # Error of a whole product, relative to it or, where its terms cancel, to what |x| |w| / sqrt(columns) makes one expect.
 # Where the processor multiplies bfloat16 itself, table entries are rounded to that.
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 4e-3, torch.float16: 1e-3}
@@ -22,7 +23,8 @@ SIZES = [1, 63, 64, 65, 257]
 
 
 def spec_of(quant_type: str, block_size: int = 64, double_quant: bool = False) -> QuantSpec:
-    return QuantSpec(quant_type, block_size, double_quant, USER if quant_type == "codebook" else None)
+    codebook = CODEBOOKS.get(quant_type)
+    return QuantSpec(quant_type if codebook is None else "codebook", block_size, double_quant, codebook)
 
 
 def product(packed: PackedTensor, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -71,13 +73,14 @@ def test_products_are_those_of_the_dequantized_weight(
 
 
 @pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
-def test_every_token_and_row_has_the_bits_that_it_has_alone(dtype: torch.dtype) -> None:
-    packed = qlora_rs.quantize(torch.randn(41, 331))
+@pytest.mark.parametrize("quant_type", ["nf4", "dynamic8"])
+def test_every_token_and_row_has_the_bits_that_it_has_alone(quant_type: str, dtype: torch.dtype) -> None:
+    packed = qlora_rs.quantize(torch.randn(41, 331), spec_of(quant_type, 64, True))
     x = torch.randn(33, 331).to(dtype)
     together = product(packed, x)
     for tokens in range(1, 34):
         assert torch.equal(product(packed, x[:tokens]), together[:tokens]), tokens
-    rows = qlora_rs.quantize(torch.randn(41, 331), spec_of("nf4"))
+    rows = qlora_rs.quantize(torch.randn(41, 331), spec_of(quant_type))
     whole = product(rows, x)
     for row in range(41):
         one = PackedTensor(
@@ -88,8 +91,9 @@ def test_every_token_and_row_has_the_bits_that_it_has_alone(dtype: torch.dtype) 
 
 @pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
 @pytest.mark.parametrize("tokens", [1, 4, 31])
-def test_bits_do_not_depend_on_the_number_of_threads(dtype: torch.dtype, tokens: int) -> None:
-    packed = qlora_rs.quantize(torch.randn(1031, 389))
+@pytest.mark.parametrize("quant_type", ["nf4", "dynamic8"])
+def test_bits_do_not_depend_on_the_number_of_threads(quant_type: str, dtype: torch.dtype, tokens: int) -> None:
+    packed = qlora_rs.quantize(torch.randn(1031, 389), spec_of(quant_type, 64, True))
     x, bias = torch.randn(tokens, 389).to(dtype), torch.randn(1031).to(dtype)
     before, results = torch.get_num_threads(), []
     try:
@@ -107,7 +111,13 @@ from qlora_rs import _bridge, QuantSpec
 torch.manual_seed(0)
 results = []
 for columns in (1, 63, 101, 4099):
-    for spec in (QuantSpec(), QuantSpec("int4", 32, False), QuantSpec("fp4", 128, False)):
+    for spec in (
+        QuantSpec(),
+        QuantSpec("int4", 32, False),
+        QuantSpec("fp4", 128, False),
+        QuantSpec("int8"),
+        QuantSpec(codebook=[k / 99 - 1 for k in range(199)]),
+    ):
         packed = qlora_rs.quantize(torch.randn(37, columns), spec)
         parts = (packed.codes, packed.absmax, packed.absmax_scale, packed.absmax_offset)
         for tokens in (1, 3, 9):
@@ -131,15 +141,17 @@ def test_every_instruction_set_is_within_tolerance_and_adds_in_one_order(tmp_pat
         for (packed, x, bias, got), (*_, scalar) in zip(run, runs[0], strict=True):
             assert error(got, packed, x, bias) < TOLERANCE[x.dtype]
             # Only a processor that multiplies bfloat16 itself adds in another order.
-            assert (x.dtype, level) == (torch.bfloat16, "avx512") or torch.equal(bits(got), bits(scalar))
+            other = (x.dtype, level, packed.spec.bits) == (torch.bfloat16, "avx512", 4)
+            assert other or torch.equal(bits(got), bits(scalar))
 
 
-def test_a_block_of_zeros_adds_nothing_and_a_scale_that_is_no_number_spoils_its_row_alone() -> None:
+@pytest.mark.parametrize("quant_type", ["nf4", "int8"])
+def test_a_block_of_zeros_adds_nothing_and_a_scale_that_is_no_number_spoils_its_row_alone(quant_type: str) -> None:
     weight = torch.randn(9, 130)
     weight[2, :64] = 0.0
     weight[3] = 0.0
     for poison in (float("nan"), float("inf")):
-        packed = qlora_rs.quantize(weight, spec_of("nf4"))
+        packed = qlora_rs.quantize(weight, spec_of(quant_type))
         packed.absmax[5, 1] = poison
         for dtype in TOLERANCE:
             for tokens in (1, 6):
@@ -194,26 +206,25 @@ def test_empty_products_have_their_shape(tokens: int, rows: int, columns: int) -
 
 @pytest.mark.parametrize("columns", [64, 65])
 def test_a_code_that_the_table_lacks_is_an_error_that_locates_it(columns: int) -> None:
-    for quant_type, code in (("int4", 15), ("codebook", 6)):
+    for quant_type, code in (("int4", 15), ("codebook", 6), ("int8", 255), ("codebook of 8 bits", 199)):
         packed = qlora_rs.quantize(torch.randn(5, columns), spec_of(quant_type))
-        packed.codes[3, -1] = packed.codes[3, -1] & 0xF0 | code
+        packed.codes[3, -1] = code if packed.spec.bits == 8 else packed.codes[3, -1] & 0xF0 | code
         with pytest.raises(ValueError, match=f"code {code}"):
             product(packed, torch.randn(2, columns))
 
 
-def test_wrong_lengths_and_byte_codes_are_refused() -> None:
+def test_wrong_lengths_are_refused() -> None:
     packed = qlora_rs.quantize(torch.randn(5, 64))
     with pytest.raises(ValueError, match="5 by 64"):
         product(packed, torch.randn(2, 64), torch.ones(4))
-    with pytest.raises(ValueError, match="4-bit codes"):
-        product(qlora_rs.quantize(torch.randn(5, 64), QuantSpec("int8")), torch.randn(2, 64))
 
 
 @pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
+@pytest.mark.parametrize("quant_type", ["nf4", "int8"])
 def test_layers_use_it_for_few_tokens_and_leave_their_weight_alone(
-    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    quant_type: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    layer = Linear4bit.from_float(torch.nn.Linear(101, 37))
+    layer = Linear4bit.from_float(torch.nn.Linear(101, 37), spec_of(quant_type, 64, True))
     before = {name: parameter.clone() for name, parameter in layer.named_parameters()}
     x = torch.randn(ops.MOST_FUSED_TOKENS, 101).to(dtype)
     fused = product(layer.packed(), x, layer.bias.detach().to(dtype))

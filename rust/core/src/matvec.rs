@@ -3,7 +3,8 @@
 //! Every output is one chain of float32 sums whose order follows from the number of columns alone, so it depends
 //! neither on the threads, nor on the instruction set, nor on which other tokens and rows there are: a row is cut into
 //! units of 32 elements; lane l of 16 adds, unit by unit, element 2 l and then element 2 l + 1 times the token's, each
-//! by a fused multiply-add; at the end lane l + 8 is added to l, then l + 4, l + 2 and l + 1.
+//! by a fused multiply-add; at the end lane l + 8 is added to l, then l + 4, l + 2 and l + 1. Byte codes are dequantized
+//! to float32, a few rows at a time that stay in the cache, and added as `simd/dense.rs` says.
 //!
 //! NOTE: a bfloat16 product on a processor that multiplies this type has another order, as fixed as this one, and table
 //! entries rounded to bfloat16 (see `simd/matvec_bf16.rs`): it takes half the time, and errs by no more than the
@@ -18,7 +19,7 @@ use crate::error::CoreError;
 use crate::float::{CANONICAL_NAN, Element, FloatType, Floats, FloatsMut};
 use crate::layout::Layout;
 use crate::parallel::Parallel;
-use crate::simd::{self, SimdLevel, Staged};
+use crate::simd::{self, InOrder, SimdLevel, Staged};
 use crate::spec::QuantSpec;
 
 /// Elements of a unit: no block size is less.
@@ -31,13 +32,13 @@ const ROWS_AT_A_TIME: usize = 24;
 /// A packed matrix (rows, columns).
 #[derive(Debug, Clone, Copy)]
 pub struct PackedMatrix<'a> {
-    /// Two codes a byte.
+    /// As packed.
     pub codes: &'a [u8],
     /// One scale a block.
     pub scales: Scales<'a>,
     /// Of one expert.
     pub layout: &'a Layout,
-    /// At most 16 table entries.
+    /// Its data type.
     pub spec: &'a QuantSpec,
 }
 
@@ -45,8 +46,8 @@ pub struct PackedMatrix<'a> {
 /// once to y's type, which all three have. A scale that is not finite gives NaN in its row.
 ///
 /// # Errors
-/// [`CoreError::Shape`] when lengths or types do not fit, or the codes are bytes; [`CoreError::Code`] for a code that
-/// the codebook does not have; [`CoreError::Interrupted`].
+/// [`CoreError::Shape`] when lengths or types do not fit; [`CoreError::Code`] for a code that the codebook does not have;
+/// [`CoreError::Interrupted`].
 pub fn linear(
     weight: &PackedMatrix<'_>,
     x: Floats<'_>,
@@ -86,8 +87,6 @@ pub fn linear_at(
 struct Job<'a> {
     level: SimdLevel,
     weight: &'a PackedMatrix<'a>,
-    /// NaN beyond the codebook's entries: a code that does not exist then shows in the result.
-    table: [f32; 16],
 }
 
 /// Consecutive rows, and where their results go: for each token a slice.
@@ -105,22 +104,17 @@ impl<'a> Job<'a> {
                 (codes.len(), scale.len(), offset.len()) == (layout.blocks(), layout.groups(), 1)
             }
         };
-        if !fits || layout.experts() != 1 || layout.bits() != 4 || weight.codes.len() != layout.code_bytes() {
+        if !fits || layout.experts() != 1 || weight.codes.len() != layout.code_bytes() {
             return Err(CoreError::Shape(format!(
-                "expected one matrix of 4-bit codes with {} code bytes and {} scales; got {} matrices of {}-bit codes \
-                 and {} bytes{}",
+                "expected one matrix with {} code bytes and {} scales; got {} matrices and {} bytes{}",
                 layout.code_bytes(),
                 layout.blocks(),
                 layout.experts(),
-                layout.bits(),
                 weight.codes.len(),
                 if fits { "" } else { ", and scales of other lengths" }
             )));
         }
-        let mut table = [f32::NAN; 16];
-        let values = weight.spec.codebook().values();
-        table[..values.len()].copy_from_slice(values);
-        Ok(Self { level, weight, table })
+        Ok(Self { level, weight })
     }
 
     fn run<T: Element>(
@@ -146,7 +140,9 @@ impl<'a> Job<'a> {
         }
         let products = Products { bias, y, parallel, control };
         let multiplies_bf16 = T::TYPE == FloatType::Bf16 && simd::multiplies_bf16(self.level);
-        if multiplies_bf16 && self.weight.layout.block_size() >= bf16::LEAST_BLOCK {
+        if self.weight.layout.bits() == 8 {
+            self.run_staged(&stage::<T, InOrder>(x, cols), products)
+        } else if multiplies_bf16 && self.weight.layout.block_size() >= bf16::LEAST_BLOCK {
             self.run_staged(&stage::<T, bf16>(x, cols), products)
         } else {
             self.run_staged(&stage::<T, f32>(x, cols), products)
@@ -167,21 +163,29 @@ impl<'a> Job<'a> {
             }
         }
         let undefined = std::sync::atomic::AtomicBool::new(false);
+        let table = X::table(self.weight.spec.codebook());
         parallel.for_each(pieces, control, |piece| {
-            if self.piece(staged, bias, piece) {
+            if self.piece(staged, &table, bias, piece) {
                 undefined.store(true, std::sync::atomic::Ordering::Relaxed);
             }
         })?;
         let entries = self.weight.spec.codebook().values().len();
-        if entries < 16 && undefined.into_inner() {
+        if entries < 1 << self.weight.layout.bits() && undefined.into_inner() {
             return first_unknown_code(self.weight.codes, &self.weight.layout.runs(), entries).map_or(Ok(()), Err);
         }
         Ok(())
     }
 
-    /// Returns whether a result is NaN.
-    fn piece<T: Element, X: Staged>(&self, staged: &[X], bias: Option<&[T]>, mut piece: Piece<'_, T>) -> bool {
+    /// Returns whether a code may be one that the codebook lacks: a result is NaN, or a byte too large.
+    fn piece<T: Element, X: Staged>(
+        &self,
+        staged: &[X],
+        table: &X::Table,
+        bias: Option<&[T]>,
+        mut piece: Piece<'_, T>,
+    ) -> bool {
         let layout = self.weight.layout;
+        let entries = self.weight.spec.codebook().values().len();
         let (rows, tokens, per_row) = (piece.out[0].len(), piece.out.len(), layout.blocks_per_row());
         let mut buffer = vec![0.0; per_row * ROWS_AT_A_TIME.min(rows)];
         let mut sums = vec![0.0; tokens * ROWS_AT_A_TIME.min(rows)];
@@ -206,9 +210,12 @@ impl<'a> Job<'a> {
                 absmax,
                 cols: layout.cols(),
                 block_size: layout.block_size(),
-                table: &self.table,
+                table,
                 tokens: staged,
             };
+            // The largest code is sought without an early end, so that the compiler makes vector code of it.
+            undefined |=
+                layout.bits() == 8 && usize::from(strip.codes.iter().fold(0, |top, &code| top.max(code))) >= entries;
             X::strip_products(self.level, &strip, sums);
             // A scale that is not finite makes its row so, if not yet NaN.
             for (sums, absmax) in sums.chunks_exact_mut(tokens).zip(absmax.chunks_exact(per_row.max(1))) {
@@ -261,20 +268,20 @@ fn stage<T: Element, X: Staged>(x: &[T], cols: usize) -> Vec<X> {
 }
 
 /// Some whole rows and all tokens.
-pub(crate) struct Strip<'a, X> {
+pub(crate) struct Strip<'a, X: Staged> {
     pub(crate) codes: &'a [u8],
     /// Of each row in turn.
     pub(crate) absmax: &'a [f32],
     pub(crate) cols: usize,
     pub(crate) block_size: usize,
-    pub(crate) table: &'a [f32; 16],
+    pub(crate) table: &'a X::Table,
     /// As [`stage`] makes them.
     pub(crate) tokens: &'a [X],
 }
 
 impl<X: Staged> Strip<'_, X> {
     pub(crate) fn bytes_per_row(&self) -> usize {
-        self.cols.div_ceil(2)
+        self.cols.div_ceil(X::CODES_PER_BYTE)
     }
 
     pub(crate) fn blocks_per_row(&self) -> usize {
@@ -319,14 +326,19 @@ pub(crate) fn strip_products(strip: &Strip<'_, f32>, sums: &mut [f32]) {
                     *sum = (strip.table[odd] * absmax).mul_add(unit[LANES + lane], *sum);
                 }
             }
-            let mut width = LANES / 2;
-            while width > 0 {
-                for lane in 0..width {
-                    lanes[lane] += lanes[lane + width];
-                }
-                width /= 2;
-            }
-            *sum = lanes[0];
+            *sum = add_lanes(lanes);
         }
     }
+}
+
+/// Lane l + 8 to l, then l + 4, l + 2 and l + 1.
+pub(crate) fn add_lanes(mut lanes: [f32; LANES]) -> f32 {
+    let mut width = LANES / 2;
+    while width > 0 {
+        for lane in 0..width {
+            lanes[lane] += lanes[lane + width];
+        }
+        width /= 2;
+    }
+    lanes[0]
 }

@@ -181,8 +181,8 @@ pub fn dequantize(
     run(py, layout.elements(), |control| core_dequantize(codes, scales, &layout, &spec.inner, out, &parallel, control))
 }
 
-/// `y` (tokens, rows) = `x` (tokens, columns) times the transposed matrix, plus `bias` (rows), elements of `dtype`, for
-/// 4-bit codes: the dequantized matrix is never written. `absmax`, `scale` and `offset` as in `dequantize`.
+/// `y` (tokens, rows) = `x` (tokens, columns) times the transposed matrix, plus `bias` (rows), elements of `dtype`; the
+/// dequantized matrix is never written. `absmax`, `scale` and `offset` as in `dequantize`.
 #[pyfunction]
 #[pyo3(signature = (spec, *, layout, codes, absmax, scale, offset, x, bias, y, dtype, num_threads))]
 #[allow(clippy::too_many_arguments)]

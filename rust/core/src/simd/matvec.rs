@@ -4,9 +4,10 @@ use std::arch::x86_64::{_MM_HINT_T1, _mm_prefetch};
 
 use half::bf16;
 
-use super::{SimdLevel, matvec_avx2, matvec_avx512, matvec_bf16};
-use crate::float::Element;
-use crate::matvec::{self, Strip, UNIT};
+use super::{Kernels, SimdLevel, dense, matvec_avx2, matvec_avx512, matvec_bf16};
+use crate::codebook::Codebook;
+use crate::dequantize::{Table, dequantize_block};
+use crate::matvec::{self, LANES, Strip, UNIT};
 
 /// Does this level use the processor's own bfloat16 products?
 pub(crate) fn multiplies_bf16(level: SimdLevel) -> bool {
@@ -24,7 +25,11 @@ pub(crate) fn prefetch<T>(data: &[T]) {
 /// A type that tokens are multiplied in.
 ///
 /// NOTE: as [`super::Kernels`], safe to call with any argument.
-pub(crate) trait Staged: Element {
+pub(crate) trait Staged: Copy + Send + Sync {
+    /// What codes stand for.
+    type Table: Sync;
+    /// Codes that a byte holds.
+    const CODES_PER_BYTE: usize;
     /// Elements that are multiplied at a time.
     const UNIT: usize;
     /// Consecutive elements that go to different vectors.
@@ -35,13 +40,25 @@ pub(crate) trait Staged: Element {
     /// A value that this type holds.
     fn exactly(value: f32) -> Self;
 
+    /// The table of a codebook.
+    fn table(book: &Codebook) -> Self::Table;
+
     /// Products of some rows and all tokens into `sums` (rows, tokens).
     fn strip_products(level: SimdLevel, strip: &Strip<'_, Self>, sums: &mut [f32])
     where
         Self: Sized;
 }
 
+/// NaN beyond the codebook's entries: a code that does not exist then shows in the result.
+fn nibble_table(book: &Codebook) -> [f32; 16] {
+    let mut table = [f32::NAN; 16];
+    table[..book.values().len()].copy_from_slice(book.values());
+    table
+}
+
 impl Staged for f32 {
+    type Table = [f32; 16];
+    const CODES_PER_BYTE: usize = 2;
     const UNIT: usize = UNIT;
     const APART: usize = 2;
     const LEAST_BLOCK: usize = UNIT;
@@ -49,6 +66,10 @@ impl Staged for f32 {
     #[inline]
     fn exactly(value: f32) -> Self {
         value
+    }
+
+    fn table(book: &Codebook) -> Self::Table {
+        nibble_table(book)
     }
 
     fn strip_products(level: SimdLevel, strip: &Strip<'_, Self>, sums: &mut [f32]) {
@@ -69,6 +90,8 @@ impl Staged for f32 {
 }
 
 impl Staged for bf16 {
+    type Table = [f32; 16];
+    const CODES_PER_BYTE: usize = 2;
     const UNIT: usize = 4 * UNIT;
     const APART: usize = 4;
     const LEAST_BLOCK: usize = 2 * UNIT;
@@ -76,6 +99,10 @@ impl Staged for bf16 {
     #[inline]
     fn exactly(value: f32) -> Self {
         Self::from_bits((value.to_bits() >> 16) as u16)
+    }
+
+    fn table(book: &Codebook) -> Self::Table {
+        nibble_table(book)
     }
 
     fn strip_products(level: SimdLevel, strip: &Strip<'_, Self>, sums: &mut [f32]) {
@@ -147,6 +174,57 @@ macro_rules! tiles {
     };
 }
 pub(super) use tiles;
+
+/// Tokens for weights with byte codes: float32, one element after the other.
+#[derive(Debug, Clone, Copy)]
+#[repr(transparent)]
+pub(crate) struct InOrder(f32);
+
+/// Rows with byte codes that are dequantized, into the cache, at a time.
+const ROWS_AT_A_TIME: usize = 4;
+
+impl Staged for InOrder {
+    type Table = Table;
+    const CODES_PER_BYTE: usize = 1;
+    const UNIT: usize = LANES;
+    const APART: usize = 1;
+    const LEAST_BLOCK: usize = UNIT;
+
+    #[inline]
+    fn exactly(value: f32) -> Self {
+        Self(value)
+    }
+
+    fn table(book: &Codebook) -> Self::Table {
+        Table::new(book)
+    }
+
+    fn strip_products(level: SimdLevel, strip: &Strip<'_, Self>, sums: &mut [f32]) {
+        if strip.cols == 0 || sums.is_empty() {
+            return sums.fill(0.0);
+        }
+        check(strip, sums);
+        // SAFETY: the type is float32 under another name.
+        let tokens = unsafe { std::slice::from_raw_parts(strip.tokens.as_ptr().cast::<f32>(), strip.tokens.len()) };
+        let (len, per_row) = (strip.token_len(), strip.blocks_per_row());
+        let whole = strip.cols / strip.block_size;
+        let body = whole * strip.block_size;
+        let mut rows = vec![0.0f32; ROWS_AT_A_TIME * len];
+        let pieces = strip.codes.chunks(ROWS_AT_A_TIME * strip.cols).zip(strip.absmax.chunks(ROWS_AT_A_TIME * per_row));
+        for ((codes, absmax), sums) in pieces.zip(sums.chunks_mut(ROWS_AT_A_TIME * (tokens.len() / len))) {
+            let here = codes.len() / strip.cols;
+            let parts = codes.chunks_exact(strip.cols).zip(absmax.chunks_exact(per_row));
+            for ((codes, absmax), row) in parts.zip(rows.chunks_exact_mut(len)) {
+                let (blocks, last) = codes.split_at(body);
+                f32::decode(level, blocks, &absmax[..whole], strip.block_size, strip.table, false, &mut row[..body]);
+                if let Some(&absmax) = absmax.get(whole) {
+                    dequantize_block(last, absmax, strip.table, &mut row[body..strip.cols]);
+                }
+            }
+            dense::products(level, &rows[..here * len], tokens, len, sums);
+        }
+    }
+}
 
 /// What the kernels' memory accesses rest on.
 fn check<X: Staged>(strip: &Strip<'_, X>, sums: &[f32]) {

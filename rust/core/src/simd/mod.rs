@@ -4,6 +4,7 @@ mod avx2;
 mod avx512;
 mod bytes_avx2;
 mod bytes_avx512;
+mod dense;
 mod float_mode;
 mod matvec;
 mod matvec_avx2;
@@ -22,7 +23,7 @@ use crate::float::Element;
 use crate::quantize::quantize_block;
 
 pub use float_mode::with_ieee_floats;
-pub(crate) use matvec::{Staged, multiplies_bf16, prefetch};
+pub(crate) use matvec::{InOrder, Staged, multiplies_bf16, prefetch};
 pub(crate) use pages::advise_large_pages;
 
 /// Instruction sets that kernels exist for, ascending.

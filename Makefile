@@ -23,7 +23,7 @@ export HF_HUB_OFFLINE := 1
 # Beside other work, OpenMP's waiting threads would take the time that the working ones need.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: help setup demo test test-rust test-python test-gpu sanitize lint format generate check-generated wheel bench bench-gpu clean
+.PHONY: help setup demo test test-rust test-python test-gpu sanitize fuzz lint format generate check-generated wheel bench bench-gpu clean
 
 help: ## this list
 	@echo "usage: make TARGET"
@@ -53,8 +53,28 @@ sanitize: $(VENV)/dev.stamp ## the short GPU tests under compute-sanitizer: memc
 			$(BIN)/python -m pytest -m sanitize -p no:cacheprovider $(ARGS); \
 	done
 
+# Stable Rust has the coverage that libFuzzer needs, if not the sanitizers, which code without `unsafe` can do without. A
+# file may claim any size: memory beyond 512 MB at once is a fault.
+FUZZ_TARGETS := header pack load
+FUZZ_SECONDS ?= 20
+FUZZ_FLAGS := -Cpasses=sancov-module -Cllvm-args=-sanitizer-coverage-level=4 -Cllvm-args=-sanitizer-coverage-inline-8bit-counters \
+	-Cllvm-args=-sanitizer-coverage-pc-table -Cllvm-args=-sanitizer-coverage-trace-compares --cfg fuzzing
+
+fuzz: $(VENV)/made.stamp ## arbitrary bytes for every reader in Rust, each for FUZZ_SECONDS (20); needs g++
+	@RUSTFLAGS="$(FUZZ_FLAGS)" cargo build --release --locked --quiet --manifest-path rust/fuzz/Cargo.toml \
+		--target x86_64-unknown-linux-gnu --target-dir target/fuzz
+	@for target in $(FUZZ_TARGETS); do \
+		mkdir -p target/fuzz/corpus/$$target target/fuzz/found/$$target; \
+		target/fuzz/x86_64-unknown-linux-gnu/release/$$target target/fuzz/corpus/$$target rust/fuzz/seeds/$$target \
+			-dict=rust/fuzz/safetensors.dict -max_len=2048 -max_total_time=$(FUZZ_SECONDS) -timeout=10 \
+			-rss_limit_mb=2048 -malloc_limit_mb=512 -artifact_prefix=target/fuzz/found/$$target/ \
+			>target/fuzz/$$target.log 2>&1 || { tail -n 60 target/fuzz/$$target.log; exit 1; }; \
+		echo "fuzz $$target: $$(grep '^Done ' target/fuzz/$$target.log)"; \
+	done
+
 lint: $(VENV)/dev.stamp ## formatting, clippy, ruff, mypy, and the stubs against the extension
 	cargo fmt --all --check
+	cargo fmt --manifest-path rust/fuzz/Cargo.toml --check
 	cargo clippy --workspace --all-targets --locked -- -D warnings
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -63,6 +83,7 @@ lint: $(VENV)/dev.stamp ## formatting, clippy, ruff, mypy, and the stubs against
 
 format: $(VENV)/dev.stamp ## format Rust and Python in place
 	cargo fmt --all
+	cargo fmt --manifest-path rust/fuzz/Cargo.toml
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 

@@ -98,7 +98,8 @@ def cargo_manifest(crate: str) -> dict[str, dict[str, object]]:
 
 
 def crates() -> list[str]:
-    return sorted(path.parent.name for path in RUST.glob("*/Cargo.toml"))
+    """Of the workspace; rust/fuzz is no part of it, so that no other build needs libFuzzer."""
+    return sorted(path.parent.name for path in RUST.glob("*/Cargo.toml") if path.parent.name != "fuzz")
 
 
 def code_lines(path: Path) -> Iterator[tuple[int, str]]:

@@ -13,6 +13,7 @@ import pytest
 
 import qlora_rs
 from qlora_rs import checkpoint
+from qlora_rs.checkpoint import comparison, conversion, packing, verification
 
 INDEX = "model.safetensors.index.json"
 
@@ -98,6 +99,74 @@ def test_an_index_that_is_no_index_is_refused(sharded_folder, text):
     assert_refused(sharded_folder, qlora_rs.FormatError, INDEX)
 
 
+def test_an_index_that_names_a_tensor_twice_is_refused(sharded_folder):
+    path = sharded_folder / INDEX
+    path.write_text(path.read_text().replace('"weight_map": {', f'"weight_map": {{"model.norm.weight": "{SECOND}", '))
+    assert_refused(sharded_folder, qlora_rs.FormatError, r"'model\.norm\.weight' occurs twice")
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+@pytest.mark.parametrize("target", ["absent", "itself"])
+def test_links_to_nowhere_are_refused_and_named(good_folder, name, target):
+    (good_folder / name).unlink()
+    (good_folder / name).symlink_to(name if target == "itself" else "absent")
+    with pytest.raises((qlora_rs.FormatError, OSError), match=r"config\.json|model\.safetensors"):
+        checkpoint.quantize(good_folder, good_folder.parent / "packed")
+    assert [path.name for path in good_folder.parent.iterdir()] == ["source"]
+
+
+def test_links_to_files_elsewhere_are_read_as_a_download_cache_has_them(good_folder, tmp_path):
+    (tmp_path / "blobs").mkdir()
+    file = good_folder / "model.safetensors"
+    file.rename(tmp_path / "blobs" / "1234")
+    file.symlink_to("../blobs/1234")
+    (good_folder / "device").symlink_to("/dev/zero")
+    report = checkpoint.quantize(good_folder, tmp_path / "packed")
+    assert len(report.packed) == 7
+    assert [(entry.name, entry.reason) for entry in report.left_out] == [("device", "not a regular file")]
+    assert not any(path.is_symlink() for path in (tmp_path / "packed").iterdir())
+
+
+def test_a_link_in_the_place_of_the_partial_folder_is_not_followed(good_folder, tmp_path):
+    (tmp_path / "precious").mkdir()
+    (tmp_path / "packed.partial").symlink_to("precious")
+    with pytest.raises(FileExistsError, match="in the way"):
+        checkpoint.quantize(good_folder, tmp_path / "packed")
+    assert os.listdir(tmp_path / "precious") == []
+
+
+@pytest.mark.parametrize("command", ["quantize", "convert", "verify", "diff"])
+def test_a_shard_that_vanishes_is_named_whatever_reads_it(sharded_folder, monkeypatch, command):
+    packed = sharded_folder.parent / "packed"
+    checkpoint.quantize(sharded_folder, packed, qlora_rs.QuantSpec(block_size=32), max_shard_size=500)
+    victim = sharded_folder / SECOND if command == "quantize" else sorted(packed.glob("*.safetensors"))[-1]
+    opened = victim.with_suffix(".gone")
+    module, name = {
+        "quantize": (packing, "choose_tensors"),
+        "convert": (conversion, "resolve_destination"),
+        "verify": (verification, "SliceReader"),
+        "diff": (comparison, "SliceReader"),
+    }[command]
+    original = getattr(module, name)
+
+    def vanish(*arguments, **options):
+        if victim.exists():
+            victim.rename(opened)
+        return original(*arguments, **options)
+
+    monkeypatch.setattr(module, name, vanish)
+    out = sharded_folder.parent / "out"
+    calls = {
+        "quantize": lambda: checkpoint.quantize(sharded_folder, out),
+        "convert": lambda: checkpoint.convert(packed, out, "bf16"),
+        "verify": lambda: checkpoint.verify(packed, sharded_folder),
+        "diff": lambda: checkpoint.diff(packed, sharded_folder),
+    }
+    with pytest.raises((OSError, qlora_rs.FormatError), match=victim.name):
+        calls[command]()
+    assert not out.exists()
+
+
 def test_an_index_of_pickles_is_refused(sharded_folder):
     (sharded_folder / "model.bin").write_bytes(b"")
     edit_index(sharded_folder, lambda weight_map: weight_map.update({"model.norm.weight": "model.bin"}))
@@ -108,6 +177,22 @@ def test_an_index_of_pickles_is_refused(sharded_folder):
 def test_a_config_that_is_no_object_is_refused(good_folder, text):
     (good_folder / "config.json").write_bytes(text.encode("latin-1"))
     assert_refused(good_folder, qlora_rs.FormatError, r"config\.json")
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "error"),
+    [
+        ("num_hidden_layers", 1 << 40, qlora_rs.FormatError),
+        ("attention_bias", [7], qlora_rs.UnsupportedError),
+        ("hidden_size", "eight", qlora_rs.UnsupportedError),
+        ("hidden_size", 1 << 62, qlora_rs.UnsupportedError),
+        ("model_type", 7, qlora_rs.UnsupportedError),
+    ],
+)
+def test_settings_that_no_model_has_are_refused_at_once(good_folder, field, value, error):
+    path = good_folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), field: value}))
+    assert_refused(good_folder, error, r"config\.json")
 
 
 def test_missing_parts_of_a_folder_are_named(good_folder, tmp_path):

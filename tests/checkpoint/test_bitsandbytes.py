@@ -419,6 +419,7 @@ def text(content: bytes):
         (text(b"{"), FormatError, "not valid JSON"),
         (text(b"\xff\xfe"), FormatError, "not valid JSON"),
         (text(b"[" * 5000), FormatError, "not valid JSON"),
+        (text(b'{"quant_type": "nf4", "quant_type": "nf4"}'), FormatError, "'quant_type' occurs twice"),
         (text(b"[1]"), FormatError, "JSON list, not an object"),
         (text(b" " * 70000), FormatError, "of at most 65536"),
         (put(".quant_state.bitsandbytes__nf4", torch.zeros(3)), FormatError, "expected U8"),

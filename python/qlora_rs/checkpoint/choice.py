@@ -23,6 +23,9 @@ from qlora_rs.selection import matches, select_linear
 
 FLOAT_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
+# More than any known model has, and few enough to build in seconds.
+_MANY_LAYERS = 1000
+
 
 @dataclass(frozen=True)
 class Choice:
@@ -99,16 +102,18 @@ def meta_model(source: Source) -> nn.Module:
     """The model that config.json describes, without memory for its parameters."""
     transformers = require_extra("transformers", "transformers", "telling which tensors are Linear weights")
     path = source.path / CONFIG
+    _require_layers(source)
     try:
         config = transformers.AutoConfig.from_pretrained(
             str(source.path), local_files_only=True, trust_remote_code=False
         )
-    except (ValueError, KeyError, OSError, TypeError, AttributeError) as error:
+    except Exception as error:  # whatever its checks of a model's settings raise
         raise UnsupportedError(
             f"{path}: transformers {transformers.__version__} does not know this architecture "
             f"(model_type {source.config.get('model_type')!r}): {first_line(error)}"
         ) from None
-    architectures = source.config.get("architectures") or ()
+    architectures = source.config.get("architectures")
+    architectures = architectures if isinstance(architectures, list) else []
     named: list[Any] = [getattr(transformers, str(name), None) for name in architectures]
     builders: list[Callable[[Any], nn.Module]] = [cls._from_config for cls in named if hasattr(cls, "_from_config")]
     builders += [transformers.AutoModelForCausalLM.from_config, transformers.AutoModel.from_config]
@@ -123,6 +128,15 @@ def meta_model(source: Source) -> nn.Module:
         f"{path}: transformers {transformers.__version__} cannot build this model: "
         f"{first_line(failure) if failure else 'it names no class'}"
     )
+
+
+def _require_layers(source: Source) -> None:
+    """Raise FormatError if ``config.json`` claims layers beyond all measure: they would all be built."""
+    for part in (source.config, *(value for value in source.config.values() if isinstance(value, dict))):
+        layers = part.get("num_hidden_layers")
+        if isinstance(layers, int) and layers > max(_MANY_LAYERS, len(source.tensors)):
+            held = f"the files hold {len(source.tensors)} tensors"
+            raise FormatError(f"{source.path / CONFIG}: num_hidden_layers is {layers}, but {held}")
 
 
 def _choose_by_model(

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from qlora_rs import _core
-from qlora_rs.checkpoint.source import Source, StoredTensor, expect_tensor
+from qlora_rs.checkpoint.source import Source, StoredTensor, expect_tensor, unique_names
 from qlora_rs.errors import FormatError, UnsupportedError
 from qlora_rs.packed import NESTED_BLOCK_SIZE, PackedShapes, PackedTensor
 from qlora_rs.spec import QuantSpec
@@ -248,7 +248,8 @@ def _parse_state(
         what = f"is JSON: expected U8 of at most {_MAX_STATE_BYTES}, got {tensor.dtype} {list(tensor.shape)}"
         raise _error(source, tensor.name, what)
     try:
-        state = json.loads(bytes(stored(tensor.name).tolist()).decode("utf-8"))
+        text = bytes(stored(tensor.name).tolist()).decode("utf-8")
+        state = json.loads(text, object_pairs_hook=unique_names)
     except (ValueError, RecursionError) as error:
         raise _error(source, tensor.name, f"is not valid JSON: {error}") from None
     if not isinstance(state, dict):

@@ -117,8 +117,8 @@ def read_file(folder: Path, file: str) -> tuple[list[StoredTensor], dict[str, st
     return tensors, header["metadata"]
 
 
-def read_json(path: Path) -> Any:
-    """A JSON file of bounded size.
+def read_json(path: Path, *, unique: bool = False) -> Any:
+    """A JSON file of bounded size; ``unique``: no name may occur twice in an object.
 
     Raises:
         FormatError: it is too large or no JSON; OSError from the system.
@@ -128,9 +128,24 @@ def read_json(path: Path) -> Any:
     if path.stat().st_size > MAX_JSON_BYTES:
         raise FormatError(f"{path}: {path.stat().st_size} bytes; at most {MAX_JSON_BYTES} are read")
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        return json.loads(text, object_pairs_hook=unique_names if unique else None)
     except (ValueError, RecursionError) as error:
         raise FormatError(f"{path}: not valid JSON: {error}") from None
+
+
+def unique_names(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """For ``object_pairs_hook``: readers would disagree about which of two equal names counts.
+
+    Raises:
+        ValueError: a name occurs twice.
+    """
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"the name {twice!r} occurs twice")
+    return found
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -228,7 +243,7 @@ def _find_files(folder: Path) -> tuple[tuple[str, ...], dict[str, str] | None]:
 
 
 def _read_weight_map(path: Path) -> dict[str, str]:
-    index = read_json(path)
+    index = read_json(path, unique=True)
     weight_map = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(weight_map, dict) or not weight_map:
         raise FormatError(f"{path}: there is no 'weight_map' of tensor names to files")

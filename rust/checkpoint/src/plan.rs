@@ -147,6 +147,9 @@ pub struct Plan {
     odd_shapes: HashMap<String, String>,
 }
 
+/// Bytes beyond which no output can be: offsets in files are signed, and a header comes before.
+const LARGEST_WEIGHT: u64 = 1 << 62;
+
 /// What stands in for a SHA-256 digest until it is known; as long as one.
 const NO_DIGEST: &str = "0000000000000000000000000000000000000000000000000000000000000000";
 
@@ -376,8 +379,13 @@ impl Shards {
                 return Err(CheckpointError::format(path, what));
             }
         }
-        let bytes: u64 = outputs.iter().map(Tensor::bytes).sum();
-        if self.bytes > 0 && self.bytes.saturating_add(bytes) > self.limit {
+        // The offsets of experts that hold nothing take as much as their header claims.
+        let sum = outputs.iter().try_fold(0u64, |sum, output| sum.checked_add(output.bytes()));
+        let Some(bytes) = sum.filter(|bytes| *bytes <= LARGEST_WEIGHT) else {
+            let name = outputs.first().map_or("", |output| output.name.as_str());
+            return Err(CheckpointError::format(path, format!("tensor {name:?}: its output is too large for a file")));
+        };
+        if self.bytes > 0 && self.bytes + bytes > self.limit.min(LARGEST_WEIGHT) {
             self.files.push(Vec::new());
             self.bytes = 0;
         }

@@ -20,8 +20,9 @@ impl Layout {
     /// # Errors
     /// [`CoreError::Shape`] when the number of elements does not fit the machine's words.
     pub fn new(experts: usize, rows: usize, cols: usize, spec: &QuantSpec) -> Result<Self, CoreError> {
-        let elements = experts.checked_mul(rows).and_then(|n| n.checked_mul(cols)).and_then(|n| n.checked_mul(8));
-        if elements.is_none() {
+        // A size of 0 makes the whole 0, but not an expert or a row, whose sizes are asked for too.
+        let product = |bound: usize, size: &usize| bound.checked_mul(*size.max(&1));
+        if [experts, rows, cols].iter().try_fold(8, product).is_none() {
             return Err(CoreError::Shape(format!("a weight of shape ({experts}, {rows}, {cols}) is too large")));
         }
         Ok(Self { experts, rows, cols, block_size: spec.block_size(), bits: spec.codebook().bits() })
@@ -178,5 +179,25 @@ impl Runs {
         let in_row = first % self.blocks_per_row;
         let full_in_row = self.row_len / self.block_size;
         full_in_row.saturating_sub(in_row).min(last - first)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::spec::QuantType;
+
+    #[test]
+    fn no_size_of_an_empty_weight_overflows_either() {
+        let spec = QuantSpec::new(QuantType::Nf4, 64, true, None).expect("valid");
+        for (experts, rows, cols) in [(0, 1 << 32, 1 << 32), (1 << 61, 1, 0), (0, 0, usize::MAX), (1 << 40, 1 << 30, 0)]
+        {
+            assert!(
+                matches!(Layout::new(experts, rows, cols, &spec), Err(CoreError::Shape(_))),
+                "{experts} {rows} {cols}"
+            );
+        }
+        let largest = Layout::new(0, 1 << 30, 1 << 30, &spec).expect("fits");
+        assert_eq!((largest.groups(), largest.blocks_per_expert()), (0, 1 << 54));
     }
 }

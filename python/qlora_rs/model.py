@@ -19,9 +19,17 @@ from qlora_rs.checkpoint.choice import FLOAT_DTYPES as FLOAT_DTYPE_NAMES
 from qlora_rs.checkpoint.choice import choose_tensors
 from qlora_rs.checkpoint.dequantized import open_float_source
 from qlora_rs.checkpoint.flat import METHOD as FLAT_METHOD
+from qlora_rs.checkpoint.gguf_source import round_kept
 from qlora_rs.checkpoint.inspection import inspect
 from qlora_rs.checkpoint.placing import DeviceFolder, packed_parts
-from qlora_rs.checkpoint.source import Source, find_quantization_config, open_source, read_config, require_folder
+from qlora_rs.checkpoint.source import (
+    Source,
+    find_quantization_config,
+    open_source,
+    read_config,
+    require_folder,
+    require_model,
+)
 from qlora_rs.checkpoint.weights import TensorReader
 from qlora_rs.errors import DeviceError, FormatError, NonFiniteError, UnsupportedError, first_line, require_extra
 from qlora_rs.linear import Linear4bit
@@ -44,10 +52,10 @@ def from_pretrained(
     A packed folder, of this library or of bitsandbytes in 4 bits, is loaded as it is, byte for byte. A folder in 16 or
     32 bits is quantized on the way in, weight by weight, to the bytes that `checkpoint.quantize` writes: memory never
     holds more than one float weight beside them. So are the values of one that GPTQ, AWQ or compressed-tensors (packed
-    integers) quantized; the errors of both add up.
+    integers) quantized, and of a GGUF file; the errors of both add up.
 
     Args:
-        path: a model folder (``config.json``, safetensors).
+        path: a model folder (``config.json``, safetensors), or a GGUF file of a Llama, Qwen2 or Qwen3 model.
         spec: how to quantize; NF4 in doubly quantized blocks of 64 by default. For a packed folder None, or what it
             was packed with.
         dtype: of everything that stays in floats, and of the arithmetic. ``"auto"``: bfloat16 where the device
@@ -70,7 +78,7 @@ def from_pretrained(
     >>> model = from_pretrained("SmolLM2-135M-nf4")  # doctest: +SKIP
     """
     folder = Path(path)
-    require_folder(folder)
+    require_model(folder)
     place = resolve_device(device)
     target = resolve_dtype(dtype, place)
     info = inspect(folder)
@@ -83,7 +91,7 @@ def from_pretrained(
         if info.format == FLAT_METHOD:
             return _load_flat(transformers, folder, target, info.spec, place)
         return _load(transformers, folder, target, None, place)
-    if info.schemes:
+    if info.seen_in_floats:
         return _load_foreign(transformers, folder, target, QuantSpec() if spec is None else spec, place)
     if info.config is not None:
         known = f"{folder}: is quantized by {info.format!r}; start from the 16-bit model"
@@ -296,17 +304,21 @@ def _load_foreign(transformers: Any, folder: Path, dtype: torch.dtype, spec: Qua
     from qlora_rs.integrations.transformers import QloraRsConfig, fill_awaited
 
     source = open_float_source(folder)
-    reader = TensorReader(source)
+    config_folder = source.config_folder()
     with _quiet(transformers):
         choice = choose_tensors(source)
+    source, _ = round_kept(source, choice.packed)
+    reader = TensorReader(source)
     awaited = set(choice.packed)
     kept = {name: reader.stored(name).clone() for name in source.tensors if name not in awaited}
     with _errors(transformers, folder, None):
-        config = transformers.AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+        config = transformers.AutoConfig.from_pretrained(
+            str(config_folder), local_files_only=True, trust_remote_code=False
+        )
         shapes = {name: source.tensors[name].shape for name in choice.packed}
         config.quantization_config = {**QloraRsConfig.of(spec).to_dict(), "awaited": shapes}
-        generation = _generation_config(transformers, str(folder))
-        cls = _model_class(transformers, folder)
+        generation = _generation_config(transformers, str(config_folder))
+        cls = _model_class(transformers, config_folder)
         model, loading = _build(cls, None, dtype, config=config, state_dict=kept, generation_config=generation)
     _check_whole(folder, model, loading)
 

@@ -204,6 +204,7 @@ def test_what_goes_along_and_what_does_not_is_reported(tiny_llama, tmp_path) -> 
         ("config.json", {"hidden_act": "gelu"}, r"hidden_act 'gelu'"),
         ("config.json", {"sliding_window": 100}, r"sliding_window 100"),
         ("config.json", {"num_hidden_layers": 3}, r"9 tensors of a llama model are in none of its files"),
+        ("config.json", {"num_hidden_layers": 1 << 40}, r"num_hidden_layers is 1099511627776, but its files hold 21"),
         ("config.json", {"num_hidden_layers": 1}, r"are no part of a llama model"),
         ("config.json", {"num_key_value_heads": 4}, r"has shape \[36, 72\], but config.json asks for \[72, 72\]"),
         ("config.json", {"hidden_size": "72"}, r"hidden_size is '72', not a positive integer"),

@@ -105,7 +105,7 @@ def meta_model(source: Source) -> nn.Module:
     _require_layers(source)
     try:
         config = transformers.AutoConfig.from_pretrained(
-            str(source.path), local_files_only=True, trust_remote_code=False
+            str(source.config_folder()), local_files_only=True, trust_remote_code=False
         )
     except Exception as error:  # whatever its checks of a model's settings raise
         raise UnsupportedError(

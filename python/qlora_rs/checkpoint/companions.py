@@ -19,13 +19,14 @@ def companion_files(source: Source) -> tuple[list[str], list[SkippedEntry]]:
     """Relative names of the files to carry over (tokenizer, templates, licence), and what stays behind and why."""
     carried: list[str] = []
     left_out: list[SkippedEntry] = []
+    root = source.companions_folder()
 
     def leave(name: str, reason: str, entry: Path) -> None:
         left_out.append(SkippedEntry(name, reason, entry.lstat().st_size if not entry.is_dir() else 0))
 
     def walk(prefix: str) -> None:
-        for name in sorted(os.listdir(source.path / prefix)):
-            relative, entry = prefix + name, source.path / prefix / name
+        for name in sorted(os.listdir(root / prefix)):
+            relative, entry = prefix + name, root / prefix / name
             if relative in (CONFIG, INDEX) or relative in source.files:
                 continue
             if entry.is_dir():

@@ -27,7 +27,7 @@ from qlora_rs.checkpoint.slices import (
     kept_values,
     packed_values,
 )
-from qlora_rs.checkpoint.source import open_source, require_folder
+from qlora_rs.checkpoint.source import open_source, require_model
 from qlora_rs.checkpoint.verdicts import PartDifference
 from qlora_rs.errors import UnsupportedError
 from qlora_rs.spec import QuantSpec
@@ -64,14 +64,15 @@ def diff(a: str | os.PathLike[str], b: str | os.PathLike[str], *, progress: Prog
     """
     paths = Path(a), Path(b)
     for path in paths:
-        require_folder(path)
+        require_model(path)
     infos = inspect(paths[0]), inspect(paths[1])
-    foreign = [info for info in infos if info.format not in NATIVE and not info.schemes and not is_flat(info.config)]
+    unread = [info for info in infos if info.format not in NATIVE and not info.seen_in_floats]
+    foreign = [info for info in unread if not is_flat(info.config)]
     if foreign and infos[0].format != infos[1].format:
         raise UnsupportedError(
             f"{foreign[0].path}: is quantized by {foreign[0].format!r}; it can be compared with its like only"
         )
-    opens = [open_float_source if info.schemes else open_source for info in infos]
+    opens = [open_float_source if info.seen_in_floats else open_source for info in infos]
     sources = [open_folder(path) for open_folder, path in zip(opens, paths, strict=True)]
     with SliceReader(sources[0]) as reader_a, SliceReader(sources[1]) as reader_b:
         sides = _Side.of(infos[0], reader_a), _Side.of(infos[1], reader_b)

@@ -23,7 +23,7 @@ from qlora_rs.checkpoint.job import Job
 from qlora_rs.checkpoint.journal import Command, describe_command
 from qlora_rs.checkpoint.progress import ByteCounter, Progress
 from qlora_rs.checkpoint.repacking import mark_packed, plan_repacked
-from qlora_rs.checkpoint.source import open_source, require_folder
+from qlora_rs.checkpoint.source import open_source, require_model
 from qlora_rs.checkpoint.to_bitsandbytes import plan_bitsandbytes
 from qlora_rs.checkpoint.to_compressed_tensors import GROUP_SIZES, CompressedPlan, plan_compressed
 from qlora_rs.checkpoint.to_floats import plan_floats
@@ -114,7 +114,8 @@ def convert(
     Args:
         src: a packed model folder, native or of transformers with bitsandbytes in 4 bits; one that GPTQ, AWQ or
             compressed-tensors quantized, for all but ``"bitsandbytes"``; one in 16 or 32 bits, for
-            ``"compressed-tensors"`` and ``"gguf"``. It is only read.
+            ``"compressed-tensors"`` and ``"gguf"``; a GGUF file, for ``"bf16"``, ``"fp16"`` and ``"gguf"``. It is only
+            read.
         dst: the folder to make; for ``"gguf"`` the file.
         to: ``"native"``; ``"bitsandbytes"``, as transformers saves it; ``"bf16"`` or ``"fp16"``, a plain model whose
             float tensors all have that type; ``"compressed-tensors"``, symmetric INT4 by groups that compressed-tensors
@@ -150,7 +151,7 @@ def convert(
     if num_threads < 0:
         raise ValueError(f"num_threads is at least 0; got {num_threads}")
     source_path = Path(src)
-    require_folder(source_path)
+    require_model(source_path)
     info = inspect(source_path)
     stored_spec = _stored_spec(info, to)
     _check_asked(info, to, spec, group_size)
@@ -228,7 +229,7 @@ def _to_gguf(
     gguf = require_gguf("writing GGUF files")
     size = write_gguf(job, target, output_type, gguf, notes, advance)
     carried, left_out = companion_files(job.source)
-    places = {name: job.source.path / name for name in carried if name not in TOKENIZER_FILES}
+    places = {name: job.source.companions_folder() / name for name in carried if name not in TOKENIZER_FILES}
     reason = "a GGUF file has no place for it"
     left_out += [SkippedEntry(name, reason, path.stat().st_size) for name, path in places.items()]
     return _report(job, f"{GGUF} {output_type}", size, (target.name,), left_out, notes)
@@ -270,6 +271,13 @@ def _stored_spec(info: CheckpointInfo, to: str) -> QuantSpec | None:
     """How the weights are packed; None where they are floats, or another library's codes are read as values."""
     if info.spec is not None:
         return info.spec
+    if info.format == GGUF:
+        if to in (*FLOATS, GGUF):
+            return None
+        raise UnsupportedError(
+            f"{info.path}: a GGUF file becomes {', '.join(FLOATS)} or another GGUF file; `qlora-rs quantize` makes a "
+            "packed folder of it"
+        )
     if info.schemes:
         if to == "bitsandbytes":
             raise UnsupportedError(

@@ -9,6 +9,7 @@ from typing import Any
 
 from qlora_rs.checkpoint import awq, compressed_tensors, gptq
 from qlora_rs.checkpoint.foreign import FolderReader, ForeignWeight
+from qlora_rs.checkpoint.gguf_source import is_gguf_file, open_gguf
 from qlora_rs.checkpoint.source import (
     CONFIG,
     Source,
@@ -28,12 +29,14 @@ READERS: Mapping[str, Callable[[FolderReader], dict[str, ForeignWeight]]] = {
 
 
 def open_float_source(path: Path) -> Source:
-    """Open a folder in 16 or 32 bits, or one that is read as if it were: GPTQ, AWQ, packed compressed-tensors.
+    """Open a folder in 16 or 32 bits, or what is read as if it were: GPTQ, AWQ, packed compressed-tensors, a GGUF file.
 
     Raises:
         FileNotFoundError, NotADirectoryError, FormatError: as `open_source`; a quantized weight's parts do not fit.
         UnsupportedError: it is quantized in another way.
     """
+    if is_gguf_file(path):
+        return open_gguf(path)
     source = open_source(path)
     config = find_quantization_config(source.config)
     if config is None:

@@ -27,7 +27,7 @@ class ForeignWeight(ABC):
 
     Attributes:
         name: of the float weight that it stands for.
-        shape: (out, in).
+        shape: (out, in), or (n,) of a vector.
         dtype: of the values, as safetensors calls it: that in which the library itself dequantizes.
         parts: the stored tensors, by what they are; the first holds the codes.
         kind: what its codes are called, e.g. ``"int4"``.
@@ -36,7 +36,7 @@ class ForeignWeight(ABC):
     """
 
     name: str
-    shape: tuple[int, int]
+    shape: tuple[int, ...]
     dtype: str
     parts: Mapping[str, StoredTensor]
     kind: str
@@ -58,6 +58,11 @@ class ForeignWeight(ABC):
         """Type of the values."""
         return VALUE_DTYPES[self.dtype]
 
+    @property
+    def row_elements(self) -> int:
+        """Values of a row; a vector's rows are its values."""
+        return math.prod(self.shape[1:])
+
     def as_float(self) -> StoredTensor:
         """The float tensor that it stands for, as if a file held that."""
         size = math.prod(self.shape) * self.value_dtype.itemsize
@@ -65,7 +70,7 @@ class ForeignWeight(ABC):
 
     @abstractmethod
     def rows(self, stored: ReadStored, first: int, count: int) -> Tensor:
-        """Dequantized rows, [count, in] of `value_dtype`.
+        """Dequantized rows, [count, in] of `value_dtype`; of a vector, values.
 
         Args:
             stored: reads a part; views of mapped files cost no memory.
@@ -78,11 +83,10 @@ class ForeignWeight(ABC):
 
     def values(self, stored: ReadStored, first: int = 0, last: int | None = None) -> Tensor:
         """Rows ``first`` (a multiple of `row_step`) to ``last`` (or the end), made in pieces: [last - first, in]."""
-        columns = self.shape[1]
         last = self.shape[0] if last is None else last
         end = min(-(-last // self.row_step) * self.row_step, self.shape[0])
-        result = torch.empty((end - first, columns), dtype=self.value_dtype)
-        step = max(1, PIECE_ELEMENTS // columns // self.row_step) * self.row_step
+        result = torch.empty((end - first, *self.shape[1:]), dtype=self.value_dtype)
+        step = max(1, PIECE_ELEMENTS // max(1, self.row_elements) // self.row_step) * self.row_step
         for start in range(first, end, step):
             count = min(step, end - start)
             result[start - first : start - first + count] = self.rows(stored, start, count)

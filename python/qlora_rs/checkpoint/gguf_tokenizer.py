@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,18 @@ _LLAMA3_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-_BYTES = {"type": "ByteLevel", "add_prefix_space": False}
+_BYTES_ALONE = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
+_BYTES_AFTER = {**_BYTES_ALONE, "use_regex": False}
+_SPLIT = {"type": "Split", "pattern": {"Regex": _LLAMA3_SPLIT}, "behavior": "Isolated", "invert": False}
+
+# How text is cut before merging, as tokenizer.json tells it in steps, by the name that readers of GGUF know it under.
+CUTS: dict[str, list[dict[str, Any]]] = {
+    "gpt-2": [_BYTES_ALONE],
+    "smollm": [{"type": "Digits", "individual_digits": True}, _BYTES_ALONE],
+    "llama-bpe": [_SPLIT, _BYTES_AFTER],
+}
+# Those that take a word whole if it is a token, whatever merges say.
+MERGES_IGNORED = ("llama-bpe",)
 
 
 def add_tokenizer(writer: Any, special: Any, folder: Path, vocabulary: int, notes: list[str]) -> None:
@@ -79,21 +91,43 @@ def _pre_tokenizer(path: Path, content: Mapping[str, Any], model: Mapping[str, A
     found = content.get("pre_tokenizer") or {}
     steps = found.get("pretokenizers") or [found]
     shapes = [_shape(step) for step in steps]
-    split = {"type": "Split", "behavior": "Isolated", "invert": False}
-    bytes_alone = {**_BYTES, "use_regex": True}
-    bytes_after = {**_BYTES, "use_regex": False}
-    known: dict[str, list[dict[str, Any]]] = {
-        "gpt-2": [bytes_alone],
-        "smollm": [{"type": "Digits", "individual_digits": True}, bytes_alone],
-        "llama-bpe": [{**split, "pattern": {"Regex": _LLAMA3_SPLIT}}, bytes_after],
-    }
-    for name, expected in known.items():
-        if shapes == expected:
+    for name, expected in CUTS.items():
+        if shapes == expected and bool(model.get("ignore_merges")) == (name in MERGES_IGNORED):
             return name
     raise UnsupportedError(
-        f"{path}: cuts text in a way that has no name here (known are {', '.join(known)}), so a reader of the GGUF "
+        f"{path}: cuts text in a way that has no name here (known are {', '.join(CUTS)}), so a reader of the GGUF "
         "file would cut it otherwise; llama.cpp's own converter knows more"
     )
+
+
+def mend_tokenizer(folder: Path, cuts: str, vocabulary: int) -> None:
+    """Put right what transformers makes of a GGUF file's tokenizer, saved in ``folder``.
+
+    It knows fewer ways to cut text than files have names for, and takes GPT-2's for the others. It also adds GPT-2's
+    ``<|endoftext|>`` where a file has none: a token that the embedding has no row for.
+
+    Args:
+        folder: with ``tokenizer.json`` and ``tokenizer_config.json``.
+        cuts: what the file calls the way in which it cuts.
+        vocabulary: rows of the embedding.
+    """
+    file, settings = folder / TOKENIZER, folder / "tokenizer_config.json"
+    if not file.is_file():
+        return  # of a kind that is kept in other files
+    content = read_json(file)
+    steps = CUTS.get(cuts)
+    if steps is not None:
+        steps = [{**step, "trim_offsets": True} if step["type"] == "ByteLevel" else step for step in steps]
+        content["model"]["ignore_merges"] = cuts in MERGES_IGNORED
+        content["pre_tokenizer"] = steps[0] if len(steps) == 1 else {"type": "Sequence", "pretokenizers": steps}
+    added = content.get("added_tokens") or []
+    beyond = {token["content"] for token in added if token["id"] >= vocabulary}
+    content["added_tokens"] = [token for token in added if token["content"] not in beyond]
+    named = {
+        key: value for key, value in read_json(settings).items() if not (isinstance(value, str) and value in beyond)
+    }
+    for path, value in ((file, content), (settings, named)):
+        path.write_text(json.dumps(value, ensure_ascii=False, indent=2), encoding="utf-8")
 
 
 def _shape(step: Mapping[str, Any]) -> dict[str, Any]:

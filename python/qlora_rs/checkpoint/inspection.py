@@ -13,6 +13,8 @@ from typing import Any
 from qlora_rs.checkpoint.dequantized import read_foreign
 from qlora_rs.checkpoint.flat import FlatWeight, is_flat, read_flat_weights
 from qlora_rs.checkpoint.foreign import ForeignWeight
+from qlora_rs.checkpoint.gguf_source import METHOD as GGUF
+from qlora_rs.checkpoint.gguf_source import is_gguf_file, open_gguf
 from qlora_rs.checkpoint.source import (
     CONFIG,
     Source,
@@ -69,7 +71,7 @@ class CheckpointInfo:
 
     Attributes:
         path: the folder or file.
-        format: ``"qlora_rs"`` (native packed), ``"float"`` (not quantized), or the ``quant_method`` of
+        format: ``"qlora_rs"`` (native packed), ``"float"`` (not quantized), ``"gguf"``, or the ``quant_method`` of
             another library, whose tensors are then listed as the weights that they make up where the format is read
             here, else as they are stored.
         spec: how packed tensors are quantized; None unless all of them are quantized in one way that is known here.
@@ -90,6 +92,11 @@ class CheckpointInfo:
     config: dict[str, Any] | None
     schemes: tuple[str, ...] = ()
     unread: str | None = None
+
+    @property
+    def seen_in_floats(self) -> bool:
+        """Whether it is read as the float model that it stands for, since its codes are not ours."""
+        return bool(self.schemes) or self.format == GGUF
 
     @property
     def packed(self) -> tuple[TensorRow, ...]:
@@ -129,7 +136,7 @@ class CheckpointInfo:
 
 
 def inspect(path: str | os.PathLike[str]) -> CheckpointInfo:
-    """Read what a model folder, or a single ``.safetensors`` file, holds.
+    """Read what a model folder, or a single ``.safetensors`` or ``.gguf`` file, holds.
 
     Only headers are read, and of other libraries' files the few bytes a weight that say how it is quantized.
 
@@ -143,6 +150,8 @@ def inspect(path: str | os.PathLike[str]) -> CheckpointInfo:
     QuantSpec(quant_type='nf4', block_size=64, double_quant=True, codebook=None)
     """
     where = Path(path)
+    if is_gguf_file(where):
+        return _inspect_gguf(where)
     return inspect_source(_open_file(where) if where.is_file() else open_source(where), where)
 
 
@@ -176,6 +185,17 @@ def inspect_source(source: Source, where: Path | None = None) -> CheckpointInfo:
     return CheckpointInfo(
         str(where), method, spec, rows, source.files, hashes, config, schemes=tuple(schemes), unread=unread
     )
+
+
+def _inspect_gguf(path: Path) -> CheckpointInfo:
+    source = open_gguf(path)
+    weights = source.foreign.values()
+    rows = tuple(
+        TensorRow(each.name, "packed" if each.scheme else "kept", each.kind, each.shape, each.stored_bytes, path.name)
+        for each in weights
+    )
+    schemes = dict.fromkeys(each.scheme for each in weights if each.scheme)
+    return CheckpointInfo(str(path), GGUF, None, rows, source.files, {}, None, schemes=tuple(schemes))
 
 
 @dataclass(frozen=True)

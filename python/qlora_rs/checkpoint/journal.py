@@ -118,7 +118,9 @@ def describe_command(name: str, source: Source, **options: Any) -> dict[str, Any
         source: the model folder that it reads.
         options: everything else that the output depends on, as plain JSON values.
     """
-    read = describe_files(source.path, (CONFIG, *source.files))
+    # A GGUF file is all there is; what is made of it for a while has another place each time.
+    names = source.files if source.beside is not None else (CONFIG, *source.files)
+    read = describe_files(source.path, names)
     return {"command": name, "qlora_rs": _core.__version__, "source": read, **options}
 
 

@@ -13,6 +13,7 @@ from qlora_rs.checkpoint.choice import FLOAT_DTYPES, Choice, choose_tensors
 from qlora_rs.checkpoint.companions import companion_files
 from qlora_rs.checkpoint.dequantized import open_float_source
 from qlora_rs.checkpoint.folder import copy_file, require_space, resolve_destination, write_json
+from qlora_rs.checkpoint.gguf_source import round_kept
 from qlora_rs.checkpoint.journal import describe_command
 from qlora_rs.checkpoint.partial import Partial, kept_bytes, partial_folder
 from qlora_rs.checkpoint.progress import ByteCounter
@@ -39,8 +40,8 @@ def quantize(
 ) -> QuantizeReport:
     """Quantize a Hugging Face model folder (safetensors in bfloat16, float16 or float32) into a packed one.
 
-    One that GPTQ, AWQ or compressed-tensors (packed integers) quantized is taken too: the values that its codes stand
-    for are quantized anew, one matrix at a time, and the report says that both errors add up.
+    One that GPTQ, AWQ or compressed-tensors (packed integers) quantized, or a GGUF file, is taken too: the values that
+    its codes stand for are quantized anew, one matrix at a time, and the report says that both errors add up.
 
     The weights of all Linear layers are packed; output heads, routers, embeddings and norms are copied byte
     for byte, like every other file. Weights pass through in slices of rows: memory does not grow with the
@@ -111,6 +112,9 @@ def quantize(
         max_shard_size=max_shard_size,
     )
     if source.foreign:
+        source, rounded = round_kept(source, choice.packed)
+        if rounded:
+            notes.append(f"tensors in blocks that are not packed are rounded to bfloat16: {rounded}")
         advance = ByteCounter(progress, source.total_bytes + source.file_bytes).add
         repacked = plan_repacked(
             source,

@@ -91,7 +91,9 @@ def plan_repacked(
         notes: gets what the user should know.
     """
     original = source.original or source
-    notes.append(_describe_requantizing(source))
+    requantizing = _describe_requantizing(source)
+    if requantizing is not None:
+        notes.append(requantizing)
     info = mark_packed(inspect_source(source), names)
     reader = TensorReader(source)
     job = QuantizingJob(
@@ -113,11 +115,14 @@ def mark_packed(info: CheckpointInfo, names: Collection[str]) -> CheckpointInfo:
     return replace(info, tensors=tuple(rows))
 
 
-def _describe_requantizing(source: Source) -> str:
-    """What quantizing the values of another library's folder means, in one sentence."""
+def _describe_requantizing(source: Source) -> str | None:
+    """What quantizing the values of another library's folder means, in one sentence; None if it holds floats alone."""
     config = find_quantization_config((source.original or source).config) or {}
-    method, schemes = config.get("quant_method"), sorted({weight.scheme for weight in source.foreign.values()})
+    weights = [weight for weight in source.foreign.values() if weight.scheme]
+    if not weights:
+        return None
+    method, schemes = config.get("quant_method"), sorted({weight.scheme for weight in weights})
     return (
-        f"{len(source.foreign)} weights were quantized by {method} ({'; '.join(schemes)}): their values are quantized "
+        f"{len(weights)} weights were quantized by {method} ({'; '.join(schemes)}): their values are quantized "
         "anew, and the errors of both add up"
     )

@@ -100,7 +100,7 @@ class SliceReader:
         return weights
 
     def _foreign(self, weight: ForeignWeight, start: int, count: int) -> Tensor:
-        row_bytes = weight.shape[1] * weight.value_dtype.itemsize
+        row_bytes = weight.row_elements * weight.value_dtype.itemsize
         above = start // row_bytes // weight.row_step * weight.row_step
         below = -(-(start + count) // row_bytes)
         content = weight.values(self._stored.read, above, below).reshape(-1).view(torch.uint8)

@@ -14,10 +14,12 @@ from qlora_rs.errors import FormatError, UnsupportedError
 
 if TYPE_CHECKING:
     from qlora_rs.checkpoint.foreign import ForeignWeight
+    from qlora_rs.checkpoint.gguf_beside import Beside
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 CONFIG = "config.json"
+GGUF_SUFFIX = ".gguf"
 
 # Of the packed format; docs/format.md describes it.
 FORMAT_VERSION = 1
@@ -49,6 +51,7 @@ class Source:
         metadata: ``__metadata__`` of each file.
         foreign: those of the tensors that no file holds so, because another library quantized them (`as_float`).
         original: the folder as it is stored, where that differs.
+        beside: of a GGUF file, what stands beside the weights in a folder.
     """
 
     path: Path
@@ -58,6 +61,7 @@ class Source:
     metadata: dict[str, dict[str, str]]
     foreign: Mapping[str, ForeignWeight] = field(default_factory=dict)
     original: Source | None = None
+    beside: Beside | None = None
 
     @property
     def total_bytes(self) -> int:
@@ -68,6 +72,14 @@ class Source:
     def file_bytes(self) -> int:
         """Bytes of the safetensors files."""
         return sum((self.path / file).stat().st_size for file in self.files)
+
+    def config_folder(self) -> Path:
+        """Where ``config.json`` is, for other libraries: `path`, or what a GGUF file's fields were written to."""
+        return self.path if self.beside is None else self.beside.folder()
+
+    def companions_folder(self) -> Path:
+        """The same, with the tokenizer and all other files that go along with the weights."""
+        return self.path if self.beside is None else self.beside.with_tokenizer()
 
 
 def open_source(path: Path) -> Source:
@@ -105,6 +117,12 @@ def require_folder(path: Path) -> None:
         raise NotADirectoryError(
             errno.ENOTDIR, "not a model folder (give the folder that holds config.json)", str(path)
         )
+
+
+def require_model(path: Path) -> None:
+    """Raise unless ``path`` is an existing folder, or a GGUF file."""
+    if path.suffix != GGUF_SUFFIX or not path.is_file():
+        require_folder(path)
 
 
 def read_file(folder: Path, file: str) -> tuple[list[StoredTensor], dict[str, str]]:

@@ -131,6 +131,9 @@ def _checked_config(job: Job) -> dict[str, Any]:
     for key in (*needed, "max_position_embeddings"):
         if type(config.get(key)) is not int or config[key] < 1:
             raise FormatError(f"{path}: {key} is {config.get(key)!r}, not a positive integer")
+    if config["num_hidden_layers"] > len(job.info.tensors):  # before names are made for as many
+        layers, tensors = config["num_hidden_layers"], len(job.info.tensors)
+        raise FormatError(f"{path}: num_hidden_layers is {layers}, but its files hold {tensors} tensors")
     refused = {key: config.get(key) for key in ("attention_bias", "mlp_bias") if config.get(key)}
     if config.get("hidden_act", "silu") != "silu":
         refused["hidden_act"] = config["hidden_act"]
@@ -181,7 +184,7 @@ def _plan(job: Job, config: Mapping[str, Any], output_type: str, gguf: Any, note
         kind = "F32" if len(shape) == 1 else output_type.upper()
         if kind == "Q8_0" and shape[-1] % 32:
             kind, wide = "F16", wide + 1
-        planned.append(PlannedRow(gguf_name, row, kind, shape, rotated_heads(name, dict(config))))
+        planned.append(PlannedRow(gguf_name, row, kind, shape, rotated_heads(name, config)))
     if missing:
         raise FormatError(
             f"{job.info.path}: {len(missing)} tensors of a {config['model_type']} model are in none of its files, "
@@ -220,7 +223,7 @@ def _add_fields(
 ) -> None:
     width, heads = _head_dim(config), config["num_attention_heads"]
     writer.add_type(gguf.GGUFType.MODEL)
-    writer.add_name(job.source.path.resolve().name)
+    writer.add_name(Path(job.info.path).resolve().name.removesuffix(".gguf"))
     writer.add_file_type(FILE_TYPES[output_type])
     if any(each.kind == "Q8_0" for each in planned):
         writer.add_quantization_version(QUANTIZATION_VERSION)
@@ -237,8 +240,9 @@ def _add_fields(
         writer.add_key_length(width)
         writer.add_value_length(width)
     _add_rope(writer, job, rope_parameters(config), gguf)
-    special = gguf.SpecialVocab(job.source.path, load_merges=True, n_vocab=config["vocab_size"])
-    add_tokenizer(writer, special, job.source.path, config["vocab_size"], notes)
+    folder = job.source.companions_folder()
+    special = gguf.SpecialVocab(folder, load_merges=True, n_vocab=config["vocab_size"])
+    add_tokenizer(writer, special, folder, config["vocab_size"], notes)
 
 
 def _add_rope(writer: Any, job: Job, rope: Mapping[str, Any], gguf: Any) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor
 from qlora_rs.checkpoint.choice import FLOAT_DTYPES
 from qlora_rs.checkpoint.dequantized import open_float_source
 from qlora_rs.checkpoint.flat import FlatWeight, is_flat
+from qlora_rs.checkpoint.gguf_source import round_kept
 from qlora_rs.checkpoint.inspection import CheckpointInfo, TensorRow, inspect
 from qlora_rs.checkpoint.parts import made_parts, stored_parts
 from qlora_rs.checkpoint.progress import ByteCounter, Progress
@@ -72,7 +73,7 @@ def verify(
     require_folder(packed_path)
     info = inspect(packed_path)
     _require_packed(info, check)
-    original = open_float_source(source_path)
+    original, _ = round_kept(open_float_source(source_path), [row.name for row in info.packed])
     hashed = check != "tensors" and bool(info.source_sha256)
     # A file that is not recorded is not hashed, nor is one that the metadata names outside the folder.
     to_hash = [file for file in original.files if hashed and file in info.source_sha256]

@@ -82,7 +82,7 @@ def write_model(
         OSError: the disk is too small, or the system failed; what is finished stays for the same command.
     """
     carried, left_out = companion_files(source)
-    needed = plan.nbytes + sum((source.path / name).stat().st_size for name in carried)
+    needed = plan.nbytes + sum((source.companions_folder() / name).stat().st_size for name in carried)
     require_space(target, needed - kept_bytes(target))
     with partial_folder(target, command, plan.files, overwrite=overwrite, notes=notes) as partial:
 
@@ -95,6 +95,6 @@ def write_model(
 
         write_shards(partial, plan.shards, plan.read, plan.metadata, done=done, index_metadata=plan.index_metadata)
         for name in carried:
-            copy_file(source.path / name, partial.path / name)
+            copy_file(source.companions_folder() / name, partial.path / name)
         write_json(partial.path / CONFIG, plan.config)
     return left_out

@@ -59,7 +59,8 @@ def convert(
     SRC is a folder of `qlora-rs quantize`, one that transformers saved after packing with bitsandbytes in 4 bits, or
     one that GPTQ, AWQ or compressed-tensors (packed integers) quantized. GGUF is one file with tokenizer and chat
     template in it, for models of the Llama family. It and compressed-tensors are also made of a model in 16 bits, as
-    `qlora-rs merge` writes it. What rounds anew says so.
+    `qlora-rs merge` writes it. SRC may be a GGUF file itself.
+    What rounds anew says so.
 
     Tensors pass through one at a time: memory does not grow with the model. What the other format cannot hold is
     refused by name. Interrupted, the same command goes on where it was; a GGUF file is begun anew.

@@ -19,7 +19,9 @@ if TYPE_CHECKING:
 def inspect(
     path: Annotated[
         Path,
-        typer.Argument(metavar="PATH", help="Model folder, packed or not, or a .safetensors file.", show_default=False),
+        typer.Argument(
+            metavar="PATH", help="Model folder, packed or not, or a .safetensors or .gguf file.", show_default=False
+        ),
     ],
     every: Annotated[bool, typer.Option("--all", help="One row per tensor, no layers folded into one.")] = False,
     report: Annotated[

@@ -41,25 +41,27 @@ def load_model(path: Path, adapter: Path | None = None, dtype: str = "auto") -> 
     """
     from qlora_rs.adapters import load_adapter, read_adapter
     from qlora_rs.checkpoint import inspect
-    from qlora_rs.checkpoint.source import require_folder
+    from qlora_rs.checkpoint.source import require_model
     from qlora_rs.errors import UnsupportedError
     from qlora_rs.model import from_pretrained, load_float
     from qlora_rs.spec import QuantSpec
 
-    require_folder(path)
+    require_model(path)
     info = inspect(path)
     if adapter is not None:
         read_adapter(adapter)  # what is wrong with it should be said before a large model is loaded, not after
     transformers = quiet_transformers("running a model")
     with warnings_as_messages():
         tokenizer = load_tokenizer(transformers, path)
-        if info.config is None:
+        if info.format == "float":
             model, held = load_float(path, dtype), "not packed: used as it is, without quantizing"
         else:
             model = from_pretrained(path, dtype=dtype)
             held = f"packed as {info.spec.describe()}" if info.spec is not None else info.format
-            if info.schemes:
-                held = f"{info.format} ({'; '.join(info.schemes)}), quantized anew as {QuantSpec().describe()}"
+            if info.seen_in_floats:
+                held = (
+                    f"{info.format} ({'; '.join(info.schemes) or 'floats'}), quantized anew as {QuantSpec().describe()}"
+                )
         if getattr(model, "get_output_embeddings", lambda: None)() is None or not hasattr(model, "generate"):
             raise UnsupportedError(f"{path}: {type(model).__name__} is no causal language model")
         if adapter is not None:
@@ -123,9 +125,12 @@ def load_tokenizer(transformers: ModuleType, path: Path) -> Any:
     Raises:
         UnsupportedError: it has none that transformers can load.
     """
+    from qlora_rs.checkpoint.gguf_source import is_gguf_file, open_gguf
     from qlora_rs.errors import UnsupportedError, first_line
 
+    source = open_gguf(path) if is_gguf_file(path) else None  # what it makes is there as long as it lives
+    folder = path if source is None else source.companions_folder()
     try:
-        return transformers.AutoTokenizer.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
+        return transformers.AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
     except Exception as error:  # whatever a tokenizer's own code raises for files that it cannot use
         raise UnsupportedError(f"{path}: has no tokenizer that transformers can load: {first_line(error)}") from None

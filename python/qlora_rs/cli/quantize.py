@@ -13,7 +13,8 @@ from qlora_rs.cli import output
 
 def quantize(
     src: Annotated[
-        Path, typer.Argument(metavar="SRC", help="Hugging Face model folder; only read.", show_default=False)
+        Path,
+        typer.Argument(metavar="SRC", help="Hugging Face model folder, or a GGUF file; only read.", show_default=False),
     ],
     dst: Annotated[Path, typer.Argument(metavar="DST", help="Folder to make; absent or whole.", show_default=False)],
     quant_type: Annotated[
@@ -61,9 +62,9 @@ def quantize(
     """Quantize a model to 4 bits, files to files.
 
     The weights of all Linear layers are packed; output heads, routers, embeddings and norms stay in 16 bits,
-    and tokenizer and other files are carried over. Of a GPTQ, AWQ or compressed-tensors folder the values are quantized
-    anew, and the report says so. Weights pass through in slices: memory does not grow with the model. Interrupted, the
-    same command goes on where it was.
+    and tokenizer and other files are carried over. Of a GPTQ, AWQ or compressed-tensors folder, or a GGUF file, the
+    values are quantized anew, and the report says so. Weights pass through in slices: memory does not grow with the
+    model. Interrupted, the same command goes on where it was.
 
     Example:
 

@@ -1,0 +1,96 @@
+"""Damaged GGUF files: a clear error within a moment, whatever they claim to hold."""
+
+from __future__ import annotations
+
+import struct
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+
+from qlora_rs import FormatError, QloraError, UnsupportedError
+from qlora_rs.checkpoint import convert, inspect, quantize
+from qlora_rs.checkpoint.gguf_header import check_header
+
+STRING, ARRAY, UINT32 = 8, 9, 4
+
+
+@pytest.fixture(scope="module")
+def whole(tiny_llama, tmp_path_factory) -> bytes:
+    path = tmp_path_factory.mktemp("gguf") / "model.gguf"
+    convert(tiny_llama, path, "gguf")
+    return path.read_bytes()
+
+
+def text(value: str) -> bytes:
+    return struct.pack("<Q", len(value)) + value.encode()
+
+
+def header(tensors: int, fields: int, body: bytes = b"", version: int = 3) -> bytes:
+    return b"GGUF" + struct.pack("<IQQ", version, tensors, fields) + body
+
+
+def array(kind: int, count: int, content: bytes = b"") -> bytes:
+    return text("a") + struct.pack("<IIQ", ARRAY, kind, count) + content
+
+
+HUGE = 1 << 60
+
+
+@pytest.mark.parametrize(
+    ("content", "error", "message"),
+    [
+        (b"", FormatError, "no GGUF file"),
+        (b"GGU", FormatError, "no GGUF file"),
+        (b"PK\x03\x04" + bytes(100), FormatError, "no GGUF file"),
+        (b"GGUF", FormatError, "the version: 4 bytes are claimed, 0 are left"),
+        (header(0, 0, version=1), UnsupportedError, "version 1; versions 2 and 3"),
+        (header(0, 0, version=9), UnsupportedError, "version 9"),
+        (b"GGUF" + struct.pack(">IQQ", 3, 0, 0), UnsupportedError, "big-endian"),
+        (header(HUGE, 0), FormatError, f"0 fields and {HUGE} tensors"),
+        (header(0, HUGE), FormatError, f"{HUGE} fields"),
+        (header(0, 1, struct.pack("<Q", HUGE) + bytes(50)), FormatError, f"name of field 0: {HUGE} bytes"),
+        (header(0, 1, array(UINT32, HUGE)), FormatError, "values of 'a'"),
+        (header(0, 1, array(STRING, HUGE)), FormatError, "values of 'a'"),
+        (header(0, 1, array(STRING, 2, text("x") + struct.pack("<Q", 1 << 40))), FormatError, "field 'a'"),
+        (header(0, 1, array(ARRAY, 1, struct.pack("<IQ", ARRAY, 1) * 9)), FormatError, "arrays in arrays"),
+        (header(0, 1, text("a") + struct.pack("<I", 77) + bytes(9)), FormatError, "type 77"),
+        (header(1, 0, text("t") + struct.pack("<I", 1 << 30) + bytes(30)), FormatError, "1073741824 dimensions"),
+        (header(0, 0), UnsupportedError, "architecture None"),
+    ],
+)
+def test_headers_that_claim_what_is_not_there(tmp_path, content, error, message) -> None:
+    path = tmp_path / "model.gguf"
+    path.write_bytes(content)
+    started = time.monotonic()
+    with pytest.raises(error, match=message):
+        inspect(path)
+    assert time.monotonic() - started < 5
+
+
+def test_files_that_are_cut_off_anywhere_are_refused(whole, tmp_path) -> None:
+    path = tmp_path / "model.gguf"
+    step = len(whole) // 97
+    for length in range(0, len(whole) - 40, step):
+        path.write_bytes(whole[:length])
+        with pytest.raises(QloraError, match=r"model\.gguf"):
+            quantize(path, tmp_path / "out")
+    assert [entry.name for entry in tmp_path.iterdir()] == ["model.gguf"]
+
+
+def test_flipped_bits_of_the_header_end_in_our_errors_or_in_none(whole, tmp_path) -> None:
+    path = tmp_path / "model.gguf"
+    end = whole.index(b"blk.1.ffn_down.weight") + 80
+    for at in range(0, end, 53):
+        content = bytearray(whole)
+        content[at] ^= 1 << at % 8
+        path.write_bytes(content)
+        with suppress(QloraError):
+            inspect(path)
+
+
+def test_the_header_of_a_good_file_passes(whole, tmp_path: Path) -> None:
+    path = tmp_path / "model.gguf"
+    path.write_bytes(whole)
+    check_header(path)

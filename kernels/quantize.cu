@@ -1,4 +1,4 @@
-// arch: compute_75 compute_80
+// arch: compute_75 compute_80 compute_90
 // Quantize: absmax of each block, code = index of the table entry nearest to v * (1 / absmax); bytes equal to the CPU's.
 //
 // Layout: as dequantize.cu. A block never crosses a row. The reciprocal and the product are rounded as IEEE says, and
@@ -10,9 +10,11 @@
 //   Bytes moved: 2.56 a bfloat16 weight.
 // `quantize_rows_*`: everything else (any columns, blocks to 4096, byte codes, tables whose thresholds share cells): a
 //   warp owns a block, reads it twice, and searches the thresholds.
-// Grid: a CTA takes WORDS_IN_FLIGHT words a thread, or strides over blocks. `nonfinite`, when not null, is set to 1 where a block holds NaN or Inf; such a
-// block has that absmax and the code of zero. Called by rust/cuda/src/quantize.rs.
+// Grid: a CTA takes WORDS_IN_FLIGHT words a thread, or strides over blocks. `nonfinite`, when not null, is set to 1 where a
+// block holds NaN or Inf; such a block has that absmax and the code of zero. `run_sums` is null where they are not
+// wanted. Called by rust/cuda/src/quantize.rs.
 
+#include "dependent_launch.cuh"
 #include "floats.cuh"
 #include "scale_tree.cuh"
 
@@ -110,11 +112,11 @@ __device__ __forceinline__ uint32_t encode_word(const Word<T>& word, const Norma
 template <typename T>
 __device__ __forceinline__ void quantize_words(const T* __restrict__ weight, uint32_t* __restrict__ codes,
                                                float* __restrict__ absmax, int* __restrict__ nonfinite,
-                                               double* __restrict__ run_sums, int* __restrict__ run_counts,
-                                               int64_t words, int block_shift, uint32_t zero_word,
-                                               const CellTable& table) {
+                                               double* __restrict__ run_sums, int* __restrict__ absent, int64_t words,
+                                               int block_shift, uint32_t zero_word, const CellTable& table) {
     __shared__ Cell copies[CELLS * CELL_COPIES];
     __shared__ float scales[RUN];
+    launch_dependents();
     const int64_t start = static_cast<int64_t>(blockIdx.x) * (THREADS * WORDS_IN_FLIGHT) + threadIdx.x;
     Word<T> word[WORDS_IN_FLIGHT];
 #pragma unroll
@@ -141,7 +143,8 @@ __device__ __forceinline__ void quantize_words(const T* __restrict__ weight, uin
         if (!usable) packed = zero_word;
         if (at < words) __stcs(codes + at, packed);
         if ((threadIdx.x & (lanes - 1)) == 0) {
-            if (run_sums != nullptr) scales[(i * THREADS + threadIdx.x) >> (block_shift - 3)] = at < words ? scale : 0.f;
+            if (run_sums != nullptr)
+                scales[(i * THREADS + threadIdx.x) >> (block_shift - 3)] = at < words ? scale : 0.f;
             if (at < words) {
                 absmax[at >> (block_shift - 3)] = stored(scale);
                 if (!is_finite(scale) && nonfinite != nullptr) *nonfinite = 1;
@@ -150,11 +153,7 @@ __device__ __forceinline__ void quantize_words(const T* __restrict__ weight, uin
     }
     if (run_sums == nullptr) return;
     __syncthreads();
-    if (threadIdx.x >= 32) return;
-    const int64_t blocks = words >> (block_shift - 3);
-    const int64_t run = blockIdx.x;
-    sum_run(scales, static_cast<int>(min(blocks - run * RUN, static_cast<int64_t>(RUN))), run_sums + run,
-            run_counts + run);
+    if (threadIdx.x < 32) sum_run(scales, run_sums + blockIdx.x, absent + blockIdx.x);
 }
 
 template <typename T>
@@ -204,11 +203,10 @@ __device__ __forceinline__ void quantize_rows(const T* __restrict__ weight, uint
 }
 
 #define QUANTIZE(T, NAME)                                                                                              \
-    extern "C" __global__ void __launch_bounds__(THREADS)                                                              \
+    extern "C" __global__ void __launch_bounds__(THREADS, sizeof(T) == 2 ? 4 : 2)                                      \
         quantize_words_##NAME(const T* weight, uint32_t* codes, float* absmax, int* nonfinite, double* run_sums,       \
-                              int* run_counts, int64_t words, int block_shift, uint32_t zero_word, CellTable table) {  \
-        quantize_words<T>(weight, codes, absmax, nonfinite, run_sums, run_counts, words, block_shift, zero_word,       \
-                          table);                                                                                      \
+                              int* absent, int64_t words, int block_shift, uint32_t zero_word, CellTable table) {      \
+        quantize_words<T>(weight, codes, absmax, nonfinite, run_sums, absent, words, block_shift, zero_word, table);   \
     }                                                                                                                  \
     extern "C" __global__ void __launch_bounds__(THREADS)                                                              \
         quantize_rows_##NAME(const T* weight, uint8_t* codes, float* absmax, int* nonfinite, int64_t rows,             \

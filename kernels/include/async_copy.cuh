@@ -7,6 +7,28 @@ __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
     return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
+__device__ __forceinline__ void store_shared(uint32_t at, float value) {
+    asm volatile("st.shared.f32 [%0], %1;" ::"r"(at), "f"(value) : "memory");
+}
+
+__device__ __forceinline__ float load_shared(uint32_t at) {
+    float value;
+    asm volatile("ld.shared.f32 %0, [%1];" : "=f"(value) : "r"(at) : "memory");
+    return value;
+}
+
+__device__ __forceinline__ uint2 load_shared_8(uint32_t at) {
+    uint2 value;
+    asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(value.x), "=r"(value.y) : "r"(at) : "memory");
+    return value;
+}
+
+// The same value, kept in a register: the compiler would compute it again at every use.
+__device__ __forceinline__ uint32_t hold(uint32_t value) {
+    asm volatile("" : "+r"(value));
+    return value;
+}
+
 // base + row * pitch bytes in one instruction, which the compiler does not find: it multiplies 64 bits by 64.
 __device__ __forceinline__ const uint8_t* at_row(const uint8_t* base, uint32_t row, uint32_t pitch) {
     const uint8_t* at;

@@ -23,7 +23,11 @@ struct BlockScales {
 
     // Of columns 64 * column64 and on. NOTE: the launcher refuses 2^31 blocks, so that this is one 32-bit operation.
     __device__ __forceinline__ RawScale load(int row, int column64) const {
-        const uint32_t block = static_cast<uint32_t>(row * blocks_per_row + (column64 >> shift));
+        return load_at(row * blocks_per_row + (column64 >> shift));
+    }
+
+    __device__ __forceinline__ RawScale load_at(int index) const {
+        const uint32_t block = static_cast<uint32_t>(index);
         RawScale raw;
         if (nested()) {
             raw.bits = __ldg(static_cast<const uint8_t*>(source.absmax) + block);

@@ -30,3 +30,35 @@ __device__ __forceinline__ float4 load_from_rank(uint32_t at, int rank) {
 #endif
     return value;
 }
+
+// Barriers in shared memory on which the CTAs of a cluster wait for each other (mbarrier); addresses are this CTA's own.
+// `arrivals` complete a phase. After `fence_barriers` and a cluster barrier, peers may arrive.
+__device__ __forceinline__ void start_barrier(uint32_t at, int arrivals) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(at), "r"(arrivals) : "memory");
+}
+__device__ __forceinline__ void fence_barriers() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
+
+// One arrival at the barrier of the CTA of rank `rank`; what this thread wrote before is seen by who waits for it.
+__device__ __forceinline__ void arrive_at_rank(uint32_t at, int rank) {
+    asm volatile("{ .reg .b32 there; mapa.shared::cluster.u32 there, %0, %1; "
+                 "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [there]; }" ::"r"(at),
+                 "r"(rank)
+                 : "memory");
+}
+
+// Waits until the phase of this parity is complete.
+__device__ __forceinline__ void wait_for_phase(uint32_t at, uint32_t parity) {
+    asm volatile("{ .reg .pred complete; again: "
+                 "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 complete, [%0], %1; "
+                 "@!complete bra again; }" ::"r"(at),
+                 "r"(parity)
+                 : "memory");
+}
+
+// Writes a float at this CTA's shared address `at`, in the CTA of rank `rank`.
+__device__ __forceinline__ void store_to_rank(uint32_t at, int rank, float value) {
+    asm volatile(
+        "{ .reg .b32 there; mapa.shared::cluster.u32 there, %0, %1; st.shared::cluster.f32 [there], %2; }" ::"r"(at),
+        "r"(rank), "f"(value)
+        : "memory");
+}

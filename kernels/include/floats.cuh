@@ -27,6 +27,15 @@ template <> __device__ __forceinline__ __nv_bfloat16 narrow<__nv_bfloat16>(float
 }
 template <> __device__ __forceinline__ __half narrow<__half>(float value) { return __float2half_rn(value); }
 
+// Never through the read-only path, for what the kernel before may have written.
+__device__ __forceinline__ float load_through_l2(const float* at) { return __ldcg(at); }
+__device__ __forceinline__ __nv_bfloat16 load_through_l2(const __nv_bfloat16* at) {
+    return __ushort_as_bfloat16(__ldcg(reinterpret_cast<const unsigned short*>(at)));
+}
+__device__ __forceinline__ __half load_through_l2(const __half* at) {
+    return __ushort_as_half(__ldcg(reinterpret_cast<const unsigned short*>(at)));
+}
+
 __device__ __forceinline__ float widen(float value) { return value; }
 __device__ __forceinline__ float widen(__nv_bfloat16 value) { return __bfloat162float(value); }
 __device__ __forceinline__ float widen(__half value) { return __half2float(value); }
@@ -90,9 +99,7 @@ template <> struct Word<float> {
     }
 };
 
-__device__ __forceinline__ bool is_finite(float value) {
-    return (__float_as_uint(value) & 0x7fffffffu) < 0x7f800000u;
-}
+__device__ __forceinline__ bool is_finite(float value) { return (__float_as_uint(value) & 0x7fffffffu) < 0x7f800000u; }
 
 // The bits of |value|; they order as magnitudes do, NaN above Inf above all.
 __device__ __forceinline__ uint32_t magnitude(float value) { return __float_as_uint(value) & 0x7fffffffu; }

@@ -24,6 +24,7 @@
 #include "lora_term.cuh"
 #include "mma.cuh"
 #include "pair_table.cuh"
+#include "weight_stage.cuh"
 
 template <int ROW_TILES_, int TOKEN_TILES_, int WARPS_, int BLOCKS_> struct SmallShape {
     static constexpr int ROW_TILES = ROW_TILES_, TOKEN_TILES = TOKEN_TILES_, WARPS = WARPS_, BLOCKS = BLOCKS_;
@@ -34,6 +35,11 @@ template <int ROW_TILES_, int TOKEN_TILES_, int WARPS_, int BLOCKS_> struct Smal
     static constexpr int STAGE_BYTES = CODE_BYTES + 16 * 4 * BLOCKS;
     static constexpr int MAP_BYTES = 256 * 4;
     static constexpr int SCALES_PER_LANE = 16 * BLOCKS / 32;
+    // How many stages ahead of its use a scale is loaded: two where a stage's products are too many for registers to
+    // matter, one where instructions are what is short.
+    static constexpr int SCALES_AHEAD = TOKEN_TILES > 1 ? STAGES - 1 : 1;
+    // Pairs of rows that a warp's worth of threads, or two, or half of one, write in a row at the end.
+    static constexpr int PAIRS = ROW_TILES > 4 ? 64 : 8 * ROW_TILES;
     // Partial sums lie as [token][row]; the pitch keeps the stores of a fragment free of bank conflicts.
     static constexpr int PITCH = 16 * ROW_TILES + 4;
     static constexpr int SLICE = TOKENS * PITCH;  // floats
@@ -47,11 +53,6 @@ template <typename SHAPE> struct SmallMemory {
     static constexpr int SUMS = SHAPE::WARPS * SHAPE::SLICE * 4;
     static constexpr int LORA = PAIR_TABLE_BYTES + SHAPE::MAP_BYTES + (RINGS > SUMS ? RINGS : SUMS);
 };
-
-// Blocks of 32 bytes are permuted inside a row of a stage so that 8-byte fragment reads of 8 rows hit all banks.
-template <typename SHAPE> __device__ __forceinline__ int swizzled_block(int block, int row) {
-    return SHAPE::BLOCKS == 4 ? block ^ (row & 3) : block ^ (row >> 1 & 1);
-}
 
 // The low-rank term of one row tile, into the last slice of the partial sums.
 template <typename T, typename SHAPE>
@@ -72,8 +73,7 @@ __device__ __forceinline__ void lora_tile(const Linear4bit<T>& p, int tile0, int
     for (int n = 0; n < SHAPE::TOKEN_TILES; n++)
 #pragma unroll
         for (int i = 0; i < 4; i++)
-            slice[(n * 8 + quad * 2 + i % 2) * SHAPE::PITCH + tile * 16 + group + i / 2 * 8] =
-                sum[n][i] * p.lora.scale;
+            slice[(n * 8 + quad * 2 + i % 2) * SHAPE::PITCH + tile * 16 + group + i / 2 * 8] = sum[n][i] * p.lora.scale;
 }
 
 // A warp's ring of stages: the codes of 16 rows x BLOCKS blocks by asynchronous copies, their scales through registers.
@@ -82,12 +82,16 @@ template <typename SHAPE> struct WeightRing {
     BlockScales scales;
     char* ring;
     int first_tile, tiles, rows, row_bytes, blocks64, chunks;
-    int chunk, tile, slot;  // of the next stage
-    RawScale raw[SHAPE::SCALES_PER_LANE];
+    int chunk, tile, slot;                                      // of the next stage
+    RawScale raw[SHAPE::SCALES_AHEAD][SHAPE::SCALES_PER_LANE];  // of the stages issued last, the oldest first
 
-    // Issues the next stage, tiles inner and chunks outer; the scales stay in `raw`. Addresses past the last row or
-    // column are clamped: such rows are not stored, such columns meet x = 0.
+    // Issues the next stage, tiles inner and chunks outer. Addresses past the last row or column are clamped: such rows
+    // are not stored, such columns meet x = 0.
     __device__ __forceinline__ void issue() {
+#pragma unroll
+        for (int s = 0; s < SHAPE::SCALES_AHEAD - 1; s++)
+#pragma unroll
+            for (int i = 0; i < SHAPE::SCALES_PER_LANE; i++) raw[s][i] = raw[s + 1][i];
         if (chunk < chunks) {
             const int lane = threadIdx.x % 32;
             constexpr int PIECES = 2 * SHAPE::BLOCKS;  // 16-byte pieces of a row; 32 / PIECES rows at once
@@ -96,14 +100,15 @@ template <typename SHAPE> struct WeightRing {
             const uint8_t* from = at_row(codes + column, row0, row_bytes);
             // The permutation is the same for all of a lane's rows.
             const uint32_t to = shared_address(ring) + slot * SHAPE::STAGE_BYTES + lane_row * (32 * SHAPE::BLOCKS) +
-                                swizzled_block<SHAPE>(lane % PIECES / 2, lane_row) * 32 + lane % 2 * 16;
+                                swizzled_block<SHAPE::BLOCKS>(lane % PIECES / 2, lane_row) * 32 + lane % 2 * 16;
 #pragma unroll
             for (int i = 0; i < SHAPE::BLOCKS; i++)
                 copy_16(to + i * 512, at_row(from, min(i * (32 / PIECES) + lane_row, last_row), row_bytes));
             const int row = min(row0 + lane / 2, rows - 1);
             const int block = chunk * SHAPE::BLOCKS + lane % 2 * SHAPE::SCALES_PER_LANE;
 #pragma unroll
-            for (int i = 0; i < SHAPE::SCALES_PER_LANE; i++) raw[i] = scales.load(row, min(block + i, blocks64 - 1));
+            for (int i = 0; i < SHAPE::SCALES_PER_LANE; i++)
+                raw[SHAPE::SCALES_AHEAD - 1][i] = scales.load(row, min(block + i, blocks64 - 1));
             if (++tile == tiles) {
                 tile = 0;
                 chunk += SHAPE::WARPS;
@@ -113,14 +118,15 @@ template <typename SHAPE> struct WeightRing {
         commit_copies();
     }
 
-    // Decodes the scales of the stage issued last into it.
-    __device__ __forceinline__ void store_scales() {
+    // Decodes the oldest scales into their stage: SCALES_AHEAD before the one to fill next.
+    __device__ __forceinline__ void store_scales() { store_scales(slot - SHAPE::SCALES_AHEAD, raw[0]); }
+
+    __device__ __forceinline__ void store_scales(int stage, const RawScale (&from)[SHAPE::SCALES_PER_LANE]) {
         const int lane = threadIdx.x % 32;
-        const int stage = slot == 0 ? SHAPE::STAGES - 1 : slot - 1;
+        if (stage < 0) stage += SHAPE::STAGES;
         float* to = reinterpret_cast<float*>(ring + stage * SHAPE::STAGE_BYTES + SHAPE::CODE_BYTES);
 #pragma unroll
-        for (int i = 0; i < SHAPE::SCALES_PER_LANE; i++)
-            to[lane * SHAPE::SCALES_PER_LANE + i] = scales.decode(raw[i]);
+        for (int i = 0; i < SHAPE::SCALES_PER_LANE; i++) to[lane * SHAPE::SCALES_PER_LANE + i] = scales.decode(from[i]);
     }
 };
 
@@ -130,20 +136,23 @@ template <typename T, typename SHAPE> struct TokenChunk {
     uint4 low[SHAPE::BLOCKS][SHAPE::TOKEN_TILES], high[SHAPE::BLOCKS][SHAPE::TOKEN_TILES];
 
     __device__ __forceinline__ void load(const Linear4bit<T>& p, int chunk) {
+#pragma unroll
+        for (int b = 0; b < SHAPE::BLOCKS; b++) load_block(p, chunk, b);
+    }
+
+    __device__ __forceinline__ void load_block(const Linear4bit<T>& p, int chunk, int b) {
         const int group = threadIdx.x % 32 / 4, quad = threadIdx.x % 4;
 #pragma unroll
-        for (int b = 0; b < SHAPE::BLOCKS; b++)
-#pragma unroll
-            for (int n = 0; n < SHAPE::TOKEN_TILES; n++) {
-                const int token = n * 8 + group, column = (chunk * SHAPE::BLOCKS + b) * 64 + quad * 16;
-                low[b][n] = high[b][n] = make_uint4(0, 0, 0, 0);
-                if (token < p.M && column < p.K) {
-                    const T* x = p.x + static_cast<int64_t>(token) * p.K + column;
-                    const uint4* from = reinterpret_cast<const uint4*>(x);
-                    low[b][n] = __ldcg(from);
-                    high[b][n] = __ldcg(from + 1);
-                }
+        for (int n = 0; n < SHAPE::TOKEN_TILES; n++) {
+            const int token = n * 8 + group, column = (chunk * SHAPE::BLOCKS + b) * 64 + quad * 16;
+            low[b][n] = high[b][n] = make_uint4(0, 0, 0, 0);
+            if (token < p.M && column < p.K) {
+                const T* x = p.x + static_cast<int64_t>(token) * p.K + column;
+                const uint4* from = reinterpret_cast<const uint4*>(x);
+                low[b][n] = __ldcg(from);
+                high[b][n] = __ldcg(from + 1);
             }
+        }
     }
 };
 
@@ -157,11 +166,12 @@ template <typename T, int N> __device__ __forceinline__ void load_floats(float (
     }
 }
 
-// One stage: 16 rows x BLOCKS blocks times all tokens, added to the row tile's accumulators.
+// One stage: 16 rows x BLOCKS blocks times all tokens, added to the row tile's accumulators. After a chunk's last stage
+// the tokens of `next_chunk` (-1 before) take the places of these, block by block, so that they are on the way early.
 template <typename T, typename SHAPE>
 __device__ __forceinline__ void multiply_stage(const char* stage, const PairTable& table,
-                                               const TokenChunk<T, SHAPE>& tokens,
-                                               float (&sums)[SHAPE::TOKEN_TILES][4]) {
+                                               TokenChunk<T, SHAPE>& tokens, float (&sums)[SHAPE::TOKEN_TILES][4],
+                                               const Linear4bit<T>& p, int next_chunk) {
     const int group = threadIdx.x % 32 / 4, quad = threadIdx.x % 4;
     const float* scales = reinterpret_cast<const float*>(stage + SHAPE::CODE_BYTES);
     float upper_scale[SHAPE::BLOCKS], lower_scale[SHAPE::BLOCKS];
@@ -170,7 +180,7 @@ __device__ __forceinline__ void multiply_stage(const char* stage, const PairTabl
 #pragma unroll
     for (int b = 0; b < SHAPE::BLOCKS; b++) {
         // Rows group and group + 8 share the permutation.
-        const char* at = stage + group * (32 * SHAPE::BLOCKS) + swizzled_block<SHAPE>(b, group) * 32 + quad * 8;
+        const char* at = stage + group * (32 * SHAPE::BLOCKS) + swizzled_block<SHAPE::BLOCKS>(b, group) * 32 + quad * 8;
         const uint2 upper_codes = *reinterpret_cast<const uint2*>(at);
         const uint2 lower_codes = *reinterpret_cast<const uint2*>(at + 8 * 32 * SHAPE::BLOCKS);
         uint32_t upper[8], lower[8];
@@ -191,6 +201,7 @@ __device__ __forceinline__ void multiply_stage(const char* stage, const PairTabl
             sums[n][2] += part[2] * lower_scale[b];
             sums[n][3] += part[3] * lower_scale[b];
         }
+        if (next_chunk >= 0) tokens.load_block(p, next_chunk, b);
     }
 }
 
@@ -215,16 +226,18 @@ __device__ __forceinline__ void linear_4bit(const Linear4bit<T>& p, const Codebo
     const BlockScales scales = {p.scales, offset, map, blocks_per_row, p.block_shift - 6};
     char* own_ring = rings + warp * (SHAPE::STAGES * SHAPE::STAGE_BYTES);
     const int own_chunks = tiles > 0 ? chunks : 0;
-    WeightRing<SHAPE> ring = {p.codes, scales, own_ring, first_tile, tiles, p.N, p.K / 2, blocks64,
-                              own_chunks, warp, 0, 0, {}};
-    WeightRing<SHAPE> first_stage = ring;
-    first_stage.issue();
-    ring = first_stage;
+    WeightRing<SHAPE> ring = {p.codes,  scales,     own_ring, first_tile, tiles, p.N, p.K / 2,
+                              blocks64, own_chunks, warp,     0,          0,     {}};
+    static_assert(SHAPE::STAGES == 3, "two stages are issued here");
+    ring.issue();
+    RawScale first[SHAPE::SCALES_PER_LANE];
+#pragma unroll
+    for (int i = 0; i < SHAPE::SCALES_PER_LANE; i++) first[i] = ring.raw[SHAPE::SCALES_AHEAD - 1][i];
     ring.issue();
     write_pair_table<T, SHAPE::THREADS>(table_memory, codebook);
     if (nested) load_dynamic_map(map);
     __syncthreads();
-    first_stage.store_scales();
+    if (SHAPE::SCALES_AHEAD == 1) ring.store_scales(0, first);
     const PairTable table(table_memory);
 
     wait_for_previous_kernels();
@@ -236,12 +249,8 @@ __device__ __forceinline__ void linear_4bit(const Linear4bit<T>& p, const Codebo
         for (int tile = warp; tile < tiles; tile += SHAPE::WARPS) lora_tile<T, SHAPE>(p, first_tile, tile, lora_slice);
 
     float sums[SHAPE::ROW_TILES][SHAPE::TOKEN_TILES][4] = {};
-    // Where registers allow, the next chunk's tokens are on the way while this one's are multiplied.
-    constexpr bool AHEAD = SHAPE::BLOCKS * SHAPE::TOKEN_TILES <= 2;
     for (int chunk = warp; chunk < chunks; chunk += SHAPE::WARPS) {
-        TokenChunk<T, SHAPE> next;
-        if (AHEAD && chunk + SHAPE::WARPS < chunks) next.load(p, chunk + SHAPE::WARPS);
-        if (!AHEAD && chunk != warp) tokens.load(p, chunk);
+        const int next_chunk = chunk + SHAPE::WARPS < chunks ? chunk + SHAPE::WARPS : -1;
 #pragma unroll
         for (int tile = 0; tile < SHAPE::ROW_TILES; tile++)
             if (tile < tiles) {
@@ -250,9 +259,9 @@ __device__ __forceinline__ void linear_4bit(const Linear4bit<T>& p, const Codebo
                 __syncwarp();  // everyone's copies and scales have landed, and the slot to refill is read
                 ring.issue();
                 // STAGES - 1 are on the way, so the slot to fill next is the one that has landed.
-                multiply_stage<T, SHAPE>(ring.ring + ring.slot * SHAPE::STAGE_BYTES, table, tokens, sums[tile]);
+                multiply_stage<T, SHAPE>(ring.ring + ring.slot * SHAPE::STAGE_BYTES, table, tokens, sums[tile], p,
+                                         tile == tiles - 1 ? next_chunk : -1);
             }
-        if (AHEAD) tokens = next;
     }
     wait_copies<0>();
     __syncthreads();
@@ -266,16 +275,32 @@ __device__ __forceinline__ void linear_4bit(const Linear4bit<T>& p, const Codebo
                 partial[warp * SHAPE::SLICE + (n * 8 + quad * 2 + i % 2) * SHAPE::PITCH + tile * 16 + group +
                         i / 2 * 8] = sums[tile][n][i];
     __syncthreads();
-    const int rows = min(tiles * 16, p.N - first_tile * 16);
-    for (int i = threadIdx.x; i < rows * p.M; i += SHAPE::THREADS) {
-        const int token = i / rows, row = i - token * rows, at = token * SHAPE::PITCH + row;
-        float sum = 0.f;
+    const int rows = min(tiles * 16, p.N - first_tile * 16), row = threadIdx.x % SHAPE::PAIRS * 2;
+    if (row >= rows) return;
+    const int64_t column = static_cast<int64_t>(first_tile) * 16 + row;
+    const bool both = row + 1 < rows;
+    float bias[2] = {0.f, 0.f};
+    if (p.bias != nullptr) {
+        bias[0] = widen(load_through_l2(p.bias + column));
+        if (both) bias[1] = widen(load_through_l2(p.bias + column + 1));
+    }
+    for (int token = threadIdx.x / SHAPE::PAIRS; token < p.M; token += SHAPE::THREADS / SHAPE::PAIRS) {
+        const int at = token * SHAPE::PITCH + row;
+        float2 sum = make_float2(0.f, 0.f);
+        auto add = [&](const float* slice) {
+            const float2 part = *reinterpret_cast<const float2*>(slice + at);
+            sum.x += part.x, sum.y += part.y;
+        };
 #pragma unroll
-        for (int w = 0; w < SHAPE::WARPS; w++) sum += partial[w * SHAPE::SLICE + at];
-        if (p.lora.xa != nullptr) sum += lora_slice[at];
-        const int64_t column = static_cast<int64_t>(first_tile) * 16 + row;
-        if (p.bias != nullptr) sum += widen(__ldg(p.bias + column));
-        p.y[static_cast<int64_t>(token) * p.N + column] = narrow<T>(sum);
+        for (int w = 0; w < SHAPE::WARPS; w++) add(partial + w * SHAPE::SLICE);
+        if (p.lora.xa != nullptr) add(lora_slice);
+        T* to = p.y + static_cast<int64_t>(token) * p.N + column;
+        if (p.N % 2 == 0) {
+            *reinterpret_cast<uint32_t*>(to) = pack_pair<T>(sum.x + bias[0], sum.y + bias[1]);
+        } else {
+            to[0] = narrow<T>(sum.x + bias[0]);
+            if (both) to[1] = narrow<T>(sum.y + bias[1]);
+        }
     }
 }
 
@@ -291,4 +316,5 @@ __device__ __forceinline__ void linear_4bit(const Linear4bit<T>& p, const Codebo
     DEFINE_LINEAR_4BIT(NAME, T, 7, 1, 8, 4, 2)                                                                         \
     DEFINE_LINEAR_4BIT(NAME, T, 4, 1, 8, 4, 2)                                                                         \
     DEFINE_LINEAR_4BIT(NAME, T, 2, 1, 16, 2, 1)                                                                        \
-    DEFINE_LINEAR_4BIT(NAME, T, 4, 2, 8, 2, 2)
+    DEFINE_LINEAR_4BIT(NAME, T, 4, 2, 8, 2, 2)                                                                         \
+    DEFINE_LINEAR_4BIT(NAME, T, 7, 2, 8, 4, 1)

@@ -43,7 +43,7 @@ __device__ __forceinline__ void write_tile(const Linear4bit<T>& p, const float* 
         if (p.bias != nullptr)
 #pragma unroll
             for (int j = 0; j < RUN; j++)
-                if (row + j < p.N) sum[j] += widen(__ldg(p.bias + row + j));
+                if (row + j < p.N) sum[j] += widen(load_through_l2(p.bias + row + j));
         T* to = p.y + static_cast<int64_t>(token0 + token) * p.N + row;
         if (p.N % RUN == 0) {
             *reinterpret_cast<uint4*>(to) = make_uint4(pack_pair<T>(sum[0], sum[1]), pack_pair<T>(sum[2], sum[3]),

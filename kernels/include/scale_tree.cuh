@@ -48,28 +48,29 @@ template <typename T> __device__ __forceinline__ double sum_of_run(const T (&val
     return warp_max(high) + 1 + RUN_BITS - warp_min(low) <= 53 ? sum : sum_in_order(staged);
 }
 
-// One warp: the sum and the number of the finite ones of `size` scales in shared memory, which has room for RUN. The
-// others count as absent; their places are overwritten with zeros.
-__device__ __forceinline__ void sum_run(float* scales, int size, double* sum, int* count) {
-    const int lane = threadIdx.x % 32;
+// One warp: the sum of the finite ones of RUN scales in shared memory, whose other places are overwritten with zeros.
+// Where there are any, `absent` gets their number and the sum a minus sign (zero too), or else nobody needs to clear
+// `absent`, or to read it.
+__device__ __forceinline__ void sum_run(float* scales, double* sum, int* absent) {
     float values[RUN / 32];
-    int absent = 0;
+    int missing = 0;
 #pragma unroll
     for (int i = 0; i < RUN / 32; i++) {
-        const int at = i * 32 + lane;
-        values[i] = at < size ? scales[at] : 0.f;
-        if (at >= size || !is_finite(values[i])) {
-            absent += at < size;
+        const int at = i * 32 + threadIdx.x % 32;
+        values[i] = scales[at];
+        if (!is_finite(values[i])) {
+            missing++;
             values[i] = scales[at] = 0.f;
         }
     }
     __syncwarp();
-    const double total = sum_of_run(values, scales);
-    // Nearly always none.
-    if (__any_sync(WHOLE_WARP, absent > 0))
-        for (int other = 16; other > 0; other >>= 1) absent += __shfl_xor_sync(WHOLE_WARP, absent, other);
-    if (lane == 0) {
+    double total = sum_of_run(values, scales);
+    if (__any_sync(WHOLE_WARP, missing > 0)) {
+        for (int other = 16; other > 0; other >>= 1) missing += __shfl_xor_sync(WHOLE_WARP, missing, other);
+        total = -total;
+    }
+    if (threadIdx.x % 32 == 0) {
         *sum = total;
-        *count = size - absent;
+        if (missing > 0) *absent = missing;
     }
 }

@@ -44,21 +44,20 @@ template <typename T, int N> struct WarpgroupProduct;
 #define DEFINE_WARPGROUP_PRODUCT_64(T, TYPES)                                                                          \
     template <> struct WarpgroupProduct<T, 64> {                                                                       \
         static __device__ __forceinline__ void start(float (&d)[32], const uint32_t (&a)[16], uint64_t b) {            \
-            asm volatile("{ .reg .pred accumulate; setp.ne.b32 accumulate, 1, 0; wgmma.fence.sync.aligned; "           \
-                         WARPGROUP_STEP_64(TYPES, "{%32, %33, %34, %35}, %48")                                         \
-                         WARPGROUP_STEP_64(TYPES, "{%36, %37, %38, %39}, %49")                                         \
-                         WARPGROUP_STEP_64(TYPES, "{%40, %41, %42, %43}, %50")                                         \
-                         WARPGROUP_STEP_64(TYPES, "{%44, %45, %46, %47}, %51")                                         \
-                         "wgmma.commit_group.sync.aligned; }"                                                          \
-                         : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]),         \
-                           "+f"(d[7]), "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]),     \
-                           "+f"(d[14]), "+f"(d[15]), "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), "+f"(d[19]),               \
-                           "+f"(d[20]), "+f"(d[21]), "+f"(d[22]), "+f"(d[23]), "+f"(d[24]), "+f"(d[25]),               \
-                           "+f"(d[26]), "+f"(d[27]), "+f"(d[28]), "+f"(d[29]), "+f"(d[30]), "+f"(d[31])                \
-                         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(a[4]), "r"(a[5]), "r"(a[6]), "r"(a[7]),     \
-                           "r"(a[8]), "r"(a[9]), "r"(a[10]), "r"(a[11]), "r"(a[12]), "r"(a[13]), "r"(a[14]),           \
-                           "r"(a[15]), "l"(b), "l"(b + 2), "l"(b + 4), "l"(b + 6)                                      \
-                         : "memory");                                                                                  \
+            asm volatile(                                                                                              \
+                "{ .reg .pred accumulate; setp.ne.b32 accumulate, 1, 0; wgmma.fence.sync.aligned; " WARPGROUP_STEP_64( \
+                    TYPES, "{%32, %33, %34, %35}, %48") WARPGROUP_STEP_64(TYPES, "{%36, %37, %38, %39}, %49")          \
+                    WARPGROUP_STEP_64(TYPES, "{%40, %41, %42, %43}, %50")                                              \
+                        WARPGROUP_STEP_64(TYPES, "{%44, %45, %46, %47}, %51") "wgmma.commit_group.sync.aligned; }"     \
+                : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]),      \
+                  "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]),             \
+                  "+f"(d[15]), "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]), "+f"(d[21]),           \
+                  "+f"(d[22]), "+f"(d[23]), "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), "+f"(d[27]), "+f"(d[28]),           \
+                  "+f"(d[29]), "+f"(d[30]), "+f"(d[31])                                                                \
+                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(a[4]), "r"(a[5]), "r"(a[6]), "r"(a[7]), "r"(a[8]),   \
+                  "r"(a[9]), "r"(a[10]), "r"(a[11]), "r"(a[12]), "r"(a[13]), "r"(a[14]), "r"(a[15]), "l"(b),           \
+                  "l"(b + 2), "l"(b + 4), "l"(b + 6)                                                                   \
+                : "memory");                                                                                           \
         }                                                                                                              \
     }
 DEFINE_WARPGROUP_PRODUCT_64(__nv_bfloat16, "bf16.bf16");
@@ -75,23 +74,21 @@ DEFINE_WARPGROUP_PRODUCT_64(__half, "f16.f16");
 #define DEFINE_WARPGROUP_PRODUCT_128(T, TYPES)                                                                         \
     template <> struct WarpgroupProduct<T, 128> {                                                                      \
         static __device__ __forceinline__ void start(float (&d)[64], const uint32_t (&a)[16], uint64_t b) {            \
-            asm volatile("{ .reg .pred accumulate; setp.ne.b32 accumulate, 1, 0; wgmma.fence.sync.aligned; "           \
-                         WARPGROUP_STEP_128(TYPES, "{%64, %65, %66, %67}, %80")                                        \
-                         WARPGROUP_STEP_128(TYPES, "{%68, %69, %70, %71}, %81")                                        \
-                         WARPGROUP_STEP_128(TYPES, "{%72, %73, %74, %75}, %82")                                        \
-                         WARPGROUP_STEP_128(TYPES, "{%76, %77, %78, %79}, %83")                                        \
-                         "wgmma.commit_group.sync.aligned; }"                                                          \
+            asm volatile("{ .reg .pred accumulate; setp.ne.b32 accumulate, 1, 0; "                                     \
+                         "wgmma.fence.sync.aligned; " WARPGROUP_STEP_128(TYPES, "{%64, %65, %66, %67}, %80")           \
+                             WARPGROUP_STEP_128(TYPES, "{%68, %69, %70, %71}, %81")                                    \
+                                 WARPGROUP_STEP_128(TYPES, "{%72, %73, %74, %75}, %82") WARPGROUP_STEP_128(            \
+                                     TYPES, "{%76, %77, %78, %79}, %83") "wgmma.commit_group.sync.aligned; }"          \
                          : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]),         \
                            "+f"(d[7]), "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]),     \
-                           "+f"(d[14]), "+f"(d[15]), "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), "+f"(d[19]),               \
-                           "+f"(d[20]), "+f"(d[21]), "+f"(d[22]), "+f"(d[23]), "+f"(d[24]), "+f"(d[25]),               \
-                           "+f"(d[26]), "+f"(d[27]), "+f"(d[28]), "+f"(d[29]), "+f"(d[30]), "+f"(d[31]),               \
-                           "+f"(d[32]), "+f"(d[33]), "+f"(d[34]), "+f"(d[35]), "+f"(d[36]), "+f"(d[37]),               \
-                           "+f"(d[38]), "+f"(d[39]), "+f"(d[40]), "+f"(d[41]), "+f"(d[42]), "+f"(d[43]),               \
-                           "+f"(d[44]), "+f"(d[45]), "+f"(d[46]), "+f"(d[47]), "+f"(d[48]), "+f"(d[49]),               \
-                           "+f"(d[50]), "+f"(d[51]), "+f"(d[52]), "+f"(d[53]), "+f"(d[54]), "+f"(d[55]),               \
-                           "+f"(d[56]), "+f"(d[57]), "+f"(d[58]), "+f"(d[59]), "+f"(d[60]), "+f"(d[61]),               \
-                           "+f"(d[62]), "+f"(d[63])                                                                    \
+                           "+f"(d[14]), "+f"(d[15]), "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]),  \
+                           "+f"(d[21]), "+f"(d[22]), "+f"(d[23]), "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), "+f"(d[27]),  \
+                           "+f"(d[28]), "+f"(d[29]), "+f"(d[30]), "+f"(d[31]), "+f"(d[32]), "+f"(d[33]), "+f"(d[34]),  \
+                           "+f"(d[35]), "+f"(d[36]), "+f"(d[37]), "+f"(d[38]), "+f"(d[39]), "+f"(d[40]), "+f"(d[41]),  \
+                           "+f"(d[42]), "+f"(d[43]), "+f"(d[44]), "+f"(d[45]), "+f"(d[46]), "+f"(d[47]), "+f"(d[48]),  \
+                           "+f"(d[49]), "+f"(d[50]), "+f"(d[51]), "+f"(d[52]), "+f"(d[53]), "+f"(d[54]), "+f"(d[55]),  \
+                           "+f"(d[56]), "+f"(d[57]), "+f"(d[58]), "+f"(d[59]), "+f"(d[60]), "+f"(d[61]), "+f"(d[62]),  \
+                           "+f"(d[63])                                                                                 \
                          : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(a[4]), "r"(a[5]), "r"(a[6]), "r"(a[7]),     \
                            "r"(a[8]), "r"(a[9]), "r"(a[10]), "r"(a[11]), "r"(a[12]), "r"(a[13]), "r"(a[14]),           \
                            "r"(a[15]), "l"(b), "l"(b + 2), "l"(b + 4), "l"(b + 6)                                      \
@@ -116,28 +113,25 @@ DEFINE_WARPGROUP_PRODUCT_128(__half, "f16.f16");
 #define DEFINE_WARPGROUP_PRODUCT_256(T, TYPES)                                                                         \
     template <> struct WarpgroupProduct<T, 256> {                                                                      \
         static __device__ __forceinline__ void start(float (&d)[128], const uint32_t (&a)[16], uint64_t b) {           \
-            asm volatile("{ .reg .pred accumulate; setp.ne.b32 accumulate, 1, 0; wgmma.fence.sync.aligned; "           \
-                         WARPGROUP_STEP_256(TYPES, "{%128, %129, %130, %131}, %144")                                   \
-                         WARPGROUP_STEP_256(TYPES, "{%132, %133, %134, %135}, %145")                                   \
-                         WARPGROUP_STEP_256(TYPES, "{%136, %137, %138, %139}, %146")                                   \
-                         WARPGROUP_STEP_256(TYPES, "{%140, %141, %142, %143}, %147")                                   \
-                         "wgmma.commit_group.sync.aligned; }"                                                          \
+            asm volatile("{ .reg .pred accumulate; setp.ne.b32 accumulate, 1, 0; "                                     \
+                         "wgmma.fence.sync.aligned; " WARPGROUP_STEP_256(TYPES, "{%128, %129, %130, %131}, %144")      \
+                             WARPGROUP_STEP_256(TYPES, "{%132, %133, %134, %135}, %145")                               \
+                                 WARPGROUP_STEP_256(TYPES, "{%136, %137, %138, %139}, %146") WARPGROUP_STEP_256(       \
+                                     TYPES, "{%140, %141, %142, %143}, %147") "wgmma.commit_group.sync.aligned; }"     \
                          : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]),         \
                            "+f"(d[7]), "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]),     \
-                           "+f"(d[14]), "+f"(d[15]), "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), "+f"(d[19]),               \
-                           "+f"(d[20]), "+f"(d[21]), "+f"(d[22]), "+f"(d[23]), "+f"(d[24]), "+f"(d[25]),               \
-                           "+f"(d[26]), "+f"(d[27]), "+f"(d[28]), "+f"(d[29]), "+f"(d[30]), "+f"(d[31]),               \
-                           "+f"(d[32]), "+f"(d[33]), "+f"(d[34]), "+f"(d[35]), "+f"(d[36]), "+f"(d[37]),               \
-                           "+f"(d[38]), "+f"(d[39]), "+f"(d[40]), "+f"(d[41]), "+f"(d[42]), "+f"(d[43]),               \
-                           "+f"(d[44]), "+f"(d[45]), "+f"(d[46]), "+f"(d[47]), "+f"(d[48]), "+f"(d[49]),               \
-                           "+f"(d[50]), "+f"(d[51]), "+f"(d[52]), "+f"(d[53]), "+f"(d[54]), "+f"(d[55]),               \
-                           "+f"(d[56]), "+f"(d[57]), "+f"(d[58]), "+f"(d[59]), "+f"(d[60]), "+f"(d[61]),               \
-                           "+f"(d[62]), "+f"(d[63]), "+f"(d[64]), "+f"(d[65]), "+f"(d[66]), "+f"(d[67]),               \
-                           "+f"(d[68]), "+f"(d[69]), "+f"(d[70]), "+f"(d[71]), "+f"(d[72]), "+f"(d[73]),               \
-                           "+f"(d[74]), "+f"(d[75]), "+f"(d[76]), "+f"(d[77]), "+f"(d[78]), "+f"(d[79]),               \
-                           "+f"(d[80]), "+f"(d[81]), "+f"(d[82]), "+f"(d[83]), "+f"(d[84]), "+f"(d[85]),               \
-                           "+f"(d[86]), "+f"(d[87]), "+f"(d[88]), "+f"(d[89]), "+f"(d[90]), "+f"(d[91]),               \
-                           "+f"(d[92]), "+f"(d[93]), "+f"(d[94]), "+f"(d[95]), "+f"(d[96]), "+f"(d[97]),               \
+                           "+f"(d[14]), "+f"(d[15]), "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]),  \
+                           "+f"(d[21]), "+f"(d[22]), "+f"(d[23]), "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), "+f"(d[27]),  \
+                           "+f"(d[28]), "+f"(d[29]), "+f"(d[30]), "+f"(d[31]), "+f"(d[32]), "+f"(d[33]), "+f"(d[34]),  \
+                           "+f"(d[35]), "+f"(d[36]), "+f"(d[37]), "+f"(d[38]), "+f"(d[39]), "+f"(d[40]), "+f"(d[41]),  \
+                           "+f"(d[42]), "+f"(d[43]), "+f"(d[44]), "+f"(d[45]), "+f"(d[46]), "+f"(d[47]), "+f"(d[48]),  \
+                           "+f"(d[49]), "+f"(d[50]), "+f"(d[51]), "+f"(d[52]), "+f"(d[53]), "+f"(d[54]), "+f"(d[55]),  \
+                           "+f"(d[56]), "+f"(d[57]), "+f"(d[58]), "+f"(d[59]), "+f"(d[60]), "+f"(d[61]), "+f"(d[62]),  \
+                           "+f"(d[63]), "+f"(d[64]), "+f"(d[65]), "+f"(d[66]), "+f"(d[67]), "+f"(d[68]), "+f"(d[69]),  \
+                           "+f"(d[70]), "+f"(d[71]), "+f"(d[72]), "+f"(d[73]), "+f"(d[74]), "+f"(d[75]), "+f"(d[76]),  \
+                           "+f"(d[77]), "+f"(d[78]), "+f"(d[79]), "+f"(d[80]), "+f"(d[81]), "+f"(d[82]), "+f"(d[83]),  \
+                           "+f"(d[84]), "+f"(d[85]), "+f"(d[86]), "+f"(d[87]), "+f"(d[88]), "+f"(d[89]), "+f"(d[90]),  \
+                           "+f"(d[91]), "+f"(d[92]), "+f"(d[93]), "+f"(d[94]), "+f"(d[95]), "+f"(d[96]), "+f"(d[97]),  \
                            "+f"(d[98]), "+f"(d[99]), "+f"(d[100]), "+f"(d[101]), "+f"(d[102]), "+f"(d[103]),           \
                            "+f"(d[104]), "+f"(d[105]), "+f"(d[106]), "+f"(d[107]), "+f"(d[108]), "+f"(d[109]),         \
                            "+f"(d[110]), "+f"(d[111]), "+f"(d[112]), "+f"(d[113]), "+f"(d[114]), "+f"(d[115]),         \
@@ -151,3 +145,53 @@ DEFINE_WARPGROUP_PRODUCT_128(__half, "f16.f16");
     }
 DEFINE_WARPGROUP_PRODUCT_256(__nv_bfloat16, "bf16.bf16");
 DEFINE_WARPGROUP_PRODUCT_256(__half, "f16.f16");
+
+// The same four products, but d is what they sum alone: it need not be zero before. For few tokens.
+template <typename T, int N> struct FreshProduct;
+
+#define FRESH_STEP_16(TYPES, INPUTS, ACCUMULATE)                                                                       \
+    "wgmma.mma_async.sync.aligned.m64n16k16.f32." TYPES " {%0, %1, %2, %3, %4, %5, %6, %7}, " INPUTS ", " ACCUMULATE   \
+    ", 1, 1, 0; "
+
+#define DEFINE_FRESH_PRODUCT_16(T, TYPES)                                                                              \
+    template <> struct FreshProduct<T, 16> {                                                                           \
+        static __device__ __forceinline__ void start(float (&d)[8], const uint32_t (&a)[16], uint64_t b) {             \
+            asm volatile("{ .reg .pred first, later; setp.ne.b32 first, 0, 0; setp.ne.b32 later, 1, 0; "               \
+                         "wgmma.fence.sync.aligned; " FRESH_STEP_16(TYPES, "{%8, %9, %10, %11}, %24", "first")         \
+                             FRESH_STEP_16(TYPES, "{%12, %13, %14, %15}, %25", "later")                                \
+                                 FRESH_STEP_16(TYPES, "{%16, %17, %18, %19}, %26", "later") FRESH_STEP_16(             \
+                                     TYPES, "{%20, %21, %22, %23}, %27", "later") "wgmma.commit_group.sync.aligned; }" \
+                         : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3]), "=f"(d[4]), "=f"(d[5]), "=f"(d[6]),         \
+                           "=f"(d[7])                                                                                  \
+                         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(a[4]), "r"(a[5]), "r"(a[6]), "r"(a[7]),     \
+                           "r"(a[8]), "r"(a[9]), "r"(a[10]), "r"(a[11]), "r"(a[12]), "r"(a[13]), "r"(a[14]),           \
+                           "r"(a[15]), "l"(b), "l"(b + 2), "l"(b + 4), "l"(b + 6)                                      \
+                         : "memory");                                                                                  \
+        }                                                                                                              \
+    }
+DEFINE_FRESH_PRODUCT_16(__nv_bfloat16, "bf16.bf16");
+DEFINE_FRESH_PRODUCT_16(__half, "f16.f16");
+
+#define FRESH_STEP_32(TYPES, INPUTS, ACCUMULATE)                                                                       \
+    "wgmma.mma_async.sync.aligned.m64n32k16.f32." TYPES                                                                \
+    " {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15}, " INPUTS ", " ACCUMULATE ", 1, 1, 0; "
+
+#define DEFINE_FRESH_PRODUCT_32(T, TYPES)                                                                              \
+    template <> struct FreshProduct<T, 32> {                                                                           \
+        static __device__ __forceinline__ void start(float (&d)[16], const uint32_t (&a)[16], uint64_t b) {            \
+            asm volatile("{ .reg .pred first, later; setp.ne.b32 first, 0, 0; setp.ne.b32 later, 1, 0; "               \
+                         "wgmma.fence.sync.aligned; " FRESH_STEP_32(TYPES, "{%16, %17, %18, %19}, %32", "first")       \
+                             FRESH_STEP_32(TYPES, "{%20, %21, %22, %23}, %33", "later")                                \
+                                 FRESH_STEP_32(TYPES, "{%24, %25, %26, %27}, %34", "later") FRESH_STEP_32(             \
+                                     TYPES, "{%28, %29, %30, %31}, %35", "later") "wgmma.commit_group.sync.aligned; }" \
+                         : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3]), "=f"(d[4]), "=f"(d[5]), "=f"(d[6]),         \
+                           "=f"(d[7]), "=f"(d[8]), "=f"(d[9]), "=f"(d[10]), "=f"(d[11]), "=f"(d[12]), "=f"(d[13]),     \
+                           "=f"(d[14]), "=f"(d[15])                                                                    \
+                         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(a[4]), "r"(a[5]), "r"(a[6]), "r"(a[7]),     \
+                           "r"(a[8]), "r"(a[9]), "r"(a[10]), "r"(a[11]), "r"(a[12]), "r"(a[13]), "r"(a[14]),           \
+                           "r"(a[15]), "l"(b), "l"(b + 2), "l"(b + 4), "l"(b + 6)                                      \
+                         : "memory");                                                                                  \
+        }                                                                                                              \
+    }
+DEFINE_FRESH_PRODUCT_32(__nv_bfloat16, "bf16.bf16");
+DEFINE_FRESH_PRODUCT_32(__half, "f16.f16");

@@ -100,24 +100,21 @@ def _quantize_cpu(weight: Tensor, spec: QuantSpec, check_finite: bool, out: _Qua
 
 
 def _quantize_cuda(weight: Tensor, spec: QuantSpec, check_finite: bool, out: _Quantized) -> None:
-    nonfinite = torch.empty(1, dtype=torch.int32, device=weight.device) if check_finite else None
-    parts = None
-    if spec.double_quant:
-        sums = torch.empty_like(out.scale, dtype=torch.float64)
-        counts = torch.empty_like(out.scale, dtype=torch.int32)
-        parts = (_memory(out.nested), _memory(out.scale), _memory(out.offset), _memory(sums), _memory(counts))
+    core, layout = spec.core(), _layout(tuple(weight.shape))
+    scratch = torch.empty(_core.cuda_quantize_scratch(core, layout), dtype=torch.int64, device=weight.device)
     _core.cuda_quantize(
-        spec.core(),
+        core,
         queue=_queue(weight.device),
-        layout=_layout(tuple(weight.shape)),
+        layout=layout,
         source=_memory(weight),
         dtype=_DTYPE_CODES[weight.dtype],
         codes=_memory(out.codes),
         absmax=_memory(out.absmax),
-        nested=parts,
-        nonfinite=_optional(nonfinite),
+        nested=(_memory(out.nested), _memory(out.scale), _memory(out.offset)) if spec.double_quant else None,
+        scratch=_memory(scratch),
+        check_finite=check_finite,
     )
-    if nonfinite is not None and nonfinite.item():
+    if check_finite and scratch.view(torch.int32)[0].item():
         quantize(weight.cpu(), spec, check_finite)  # raises the error that counts and locates them
 
 
@@ -156,7 +153,7 @@ class DeviceWeight:
         # Strided parts are copied, and the copy lives as long as this object; `holds` then says no.
         self._copies = tuple(copy for copy, part in zip(dense, parts, strict=True) if copy is not part)
         self._marks = tuple(
-            None if part is None else (weakref.ref(part), part.data_ptr(), part.shape) for part in parts
+            None if part is None else (weakref.ref(part), part.data_ptr(), part.numel()) for part in parts
         )
         self.versions = _versions(parts)
         self._settled = False
@@ -176,14 +173,20 @@ class DeviceWeight:
 
     def holds(self, *parts: Tensor | None) -> bool:
         """Are these the tensors, and has none of them been moved or restrided in place (as ``module.to`` moves)?"""
+        # On every forward pass: no more than is needed. A tensor of as many contiguous elements holds the same bytes.
         if self._copies:
             return False
-        for part, mark in zip(parts, self._marks):  # noqa: B905  # on every forward pass: no more than is needed
+        for part, mark in zip(parts, self._marks):  # noqa: B905
             if part is None or mark is None:
-                if (part is None) != (mark is None):
+                if part is not mark:
                     return False
-            elif (
-                mark[0]() is not part or part.data_ptr() != mark[1] or part.shape != mark[2] or not part.is_contiguous()
+                continue
+            reference, address, elements = mark
+            if (
+                reference() is not part
+                or part.data_ptr() != address
+                or part.numel() != elements
+                or not part.is_contiguous()
             ):
                 return False
         versions = _versions(parts)
@@ -240,9 +243,10 @@ class DeviceWeight:
 
 def _versions(parts: Sequence[Tensor | None]) -> tuple[int, ...] | None:
     """What tells that a tensor was written to; None for tensors made in inference mode, which do not count."""
-    if any(part is not None and part.is_inference() for part in parts):
+    try:
+        return tuple([-1 if part is None else part._version for part in parts])
+    except RuntimeError:
         return None
-    return tuple(-1 if part is None else part._version for part in parts)
 
 
 def dequantize(

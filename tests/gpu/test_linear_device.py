@@ -80,6 +80,25 @@ def test_fused_products_match_float64_also_where_they_are_not_the_fastest(spec: 
             assert torch.equal(got, weight.linear(x, bias)), where
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("columns", [128, 384, 2304])  # the widest is shared by two CTAs from 17 tokens on
+def test_products_with_a_weight_of_as_many_rows_as_a_vocabulary_match_float64(columns: int, dtype: torch.dtype) -> None:
+    torch.seed()
+    layer = make(65_537, columns)
+    weight = direct.device_weight(layer.packed())
+    want = layer.dequantize(torch.float32).double()
+    bias, b = torch.randn(65_537, device="cuda").to(dtype), torch.randn(65_537, 21, device="cuda").to(dtype)
+    for tokens in (8, 9, 16, 17, 29, 32):
+        x = torch.randn(tokens, columns, device="cuda").to(dtype)
+        xa = torch.randn(tokens, 21, device="cuda").to(dtype)
+        torch.full((tokens * 65_537 * 2,), 0xFF, dtype=torch.uint8, device="cuda")  # NaN for what is not written
+        got = weight.linear(x, bias, (xa, b, 0.5))
+        expected = x.double() @ want.T + bias.double() + 0.5 * xa.double() @ b.double().T
+        assert relative(got, expected) < TOLERANCE[dtype], tokens
+        for _ in range(3):  # each of these may overlap the one before
+            assert torch.equal(got, weight.linear(x, bias, (xa, b, 0.5))), tokens
+
+
 def test_a_shape_without_a_fused_kernel_is_refused_by_the_kernel_and_computed_by_the_layer() -> None:
     layer = make(33, 101)
     x = torch.randn(2, 101, device="cuda", dtype=torch.bfloat16)

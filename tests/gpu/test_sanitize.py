@@ -35,9 +35,21 @@ def test_small_products(shape: tuple[int, int], double_quant: bool, dtype: torch
     packed = qlora_rs.quantize(torch.randn(shape), QuantSpec(double_quant=double_quant))
     want = qlora_rs.dequantize(packed, torch.float32).double()
     bias, b = torch.randn(shape[0], dtype=dtype), torch.randn(shape[0], 5, dtype=dtype)
-    weight = direct.device_weight(packed.to("cuda"))
+    on_device = packed.to("cuda")  # owns the memory that `weight` names
+    weight = direct.device_weight(on_device)
     for tokens in (1, 3, 8, 13, 16, 29, 33, 64, 70, 129, 255):
         x, xa = torch.randn(tokens, shape[1], dtype=dtype), torch.randn(tokens, 5, dtype=dtype)
         expected = x.double() @ want.T + bias.double() + 0.5 * xa.double() @ b.double().T
         got = weight.linear(x.cuda(), bias.cuda(), (xa.cuda(), b.cuda(), 0.5)).cpu().double()
         assert (got - expected).norm() / expected.norm() < 6e-3, tokens
+
+
+@pytest.mark.parametrize(("columns", "tokens"), [(128, 13), (2304, 29)])
+def test_products_with_very_many_rows(columns: int, tokens: int) -> None:
+    packed = qlora_rs.quantize(torch.randn(65_537, columns, device="cuda").bfloat16())
+    weight = direct.device_weight(packed)
+    x = torch.randn(tokens, columns, device="cuda").bfloat16()
+    xa, b = torch.randn(tokens, 5, device="cuda").bfloat16(), torch.randn(65_537, 5, device="cuda").bfloat16()
+    expected = x.double() @ qlora_rs.dequantize(packed, torch.float32).double().T + 0.5 * xa.double() @ b.double().T
+    got = weight.linear(x, None, (xa, b, 0.5)).double()
+    assert (got - expected).norm() / expected.norm() < 6e-3

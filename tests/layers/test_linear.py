@@ -153,6 +153,7 @@ def test_training_after_an_evaluation_pass_keeps_its_gradients() -> None:
     assert before.abs().sum() > 0
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")  # the compiler's own import
 @pytest.mark.parametrize("spec", [QuantSpec(), QuantSpec("nf4", double_quant=False), QuantSpec(codebook=[-1, 0.2, 1])])
 def test_compiles_to_one_graph_forward_and_backward(spec: QuantSpec) -> None:
     layer = make(spec=spec)

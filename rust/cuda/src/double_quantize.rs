@@ -1,6 +1,6 @@
 //! Launches `kernels/double_quantize.cu`.
 
-use qlora_core::{Layout, NESTED_BLOCK_SIZE, dynamic_thresholds};
+use qlora_core::{Layout, NESTED_BLOCK_SIZE, QuantSpec, dynamic_thresholds};
 
 use crate::context::Device;
 use crate::dequantize::experts;
@@ -8,10 +8,10 @@ use crate::error::CudaError;
 use crate::launch::{DevicePtr, Grid, Queue, arg, ctas, launch, strided_ctas};
 use crate::modules::DOUBLE_QUANTIZE;
 
-const THREADS: u32 = 512;
+const THREADS: u32 = 256;
 const WARPS: usize = THREADS as usize / 32;
 
-/// Where doubly quantized scales go, and what making them needs.
+/// Where doubly quantized scales go.
 #[derive(Debug, Clone, Copy)]
 pub struct Nested {
     /// u8 codes `[blocks]`.
@@ -20,10 +20,38 @@ pub struct Nested {
     pub group_scale: DevicePtr,
     /// float32 `[experts]`.
     pub offset: DevicePtr,
-    /// Scratch: float64 `[experts, runs]`.
-    pub run_sums: DevicePtr,
-    /// Scratch: int32 `[experts, runs]`.
-    pub run_counts: DevicePtr,
+}
+
+/// Device memory that quantizing works in: an int32 that tells of NaN and Inf and begins as zero, at 8 float64 sums of the
+/// runs, then for each an int32, the number of its scales that are not finite.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Scratch {
+    address: DevicePtr,
+    runs: usize,
+}
+
+impl Scratch {
+    pub(crate) fn at(address: DevicePtr, layout: &Layout) -> Self {
+        Self { address, runs: layout.experts() * layout.blocks_per_expert().div_ceil(NESTED_BLOCK_SIZE) }
+    }
+
+    pub(crate) fn sums(self) -> DevicePtr {
+        self.address + 8
+    }
+
+    pub(crate) fn absent(self) -> DevicePtr {
+        self.sums() + 8 * self.runs as DevicePtr
+    }
+
+    fn bytes(self) -> usize {
+        8 + 12 * self.runs
+    }
+}
+
+/// Bytes of device memory, at a multiple of 8, that [`crate::quantize`] works in.
+#[must_use]
+pub fn scratch_bytes(spec: &QuantSpec, layout: &Layout) -> usize {
+    if spec.double_quant() { Scratch::at(0, layout).bytes() } else { 8 }
 }
 
 /// Quantize the float32 scales of a weight of `layout`. `summed` says that the scratch already holds the runs' sums.
@@ -37,6 +65,7 @@ pub(crate) unsafe fn double_quantize(
     layout: &Layout,
     absmax: DevicePtr,
     out: &Nested,
+    scratch: Scratch,
     summed: bool,
 ) -> Result<(), CudaError> {
     let experts = experts(layout)?;
@@ -45,28 +74,30 @@ pub(crate) unsafe fn double_quantize(
     }
     let blocks = layout.blocks_per_expert() as i64;
     let runs = layout.blocks_per_expert().div_ceil(NESTED_BLOCK_SIZE);
+    let (absent, sums) = (scratch.absent(), scratch.sums());
     // An expert without blocks still gets its offset: the mean of nothing, 0.
     let grid = Grid::new((ctas(runs.max(1), WARPS)?, experts), THREADS);
-    let Nested { codes, group_scale, offset, run_sums, run_counts } = *out;
     if !summed {
-        let mut args = [arg(&absmax), arg(&run_sums), arg(&run_counts), arg(&blocks)];
+        let mut args = [arg(&absmax), arg(&sums), arg(&absent), arg(&blocks)];
         let function = device.function(&DOUBLE_QUANTIZE, ("", "double_quantize_sums"))?;
         // SAFETY: the arguments are those of the kernel; the caller vouches for the memory.
         unsafe { launch(function, grid, queue, &mut args) }?;
     }
     // The levels of the tree above the runs lie in shared memory, in two halves that take turns.
     let upper_size = runs.div_ceil(NESTED_BLOCK_SIZE).max(1) as i64;
-    // Every CTA reads all sums: few CTAs.
     let grid = Grid {
-        ctas: (strided_ctas(device, runs, WARPS, 2), experts, 1),
+        // Every CTA reads all sums: no more of them than are on the device at once.
+        ctas: (strided_ctas(device, runs, WARPS, 4), experts, 1),
         shared_bytes: u32::try_from(2 * upper_size * 8).unwrap_or(u32::MAX),
+        overlap: device.overlaps(),
         ..grid
     };
     let thresholds = threshold_tree();
+    let Nested { codes, group_scale, offset } = *out;
     let mut args = [
         arg(&absmax),
-        arg(&run_sums),
-        arg(&run_counts),
+        arg(&sums),
+        arg(&absent),
         arg(&codes),
         arg(&group_scale),
         arg(&offset),

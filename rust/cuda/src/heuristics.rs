@@ -84,6 +84,7 @@ pub fn worthwhile(product: &Product) -> bool {
 pub fn plan(product: &Product, target: &Target) -> Plan {
     match product.tokens {
         0..=8 => one_token_tile(product, target),
+        9..=32 if vocabulary_sized(product, target) => resident(product, target),
         9..=16 => two_token_tiles(product, target),
         17..=32 => four_token_tiles(product, target),
         _ if target.sm == 90 => tiled(
@@ -118,6 +119,8 @@ const FEW_ROWS: Small =
     Small { file: "linear_4bit", entry: "t2_n1_w16_c2", row_tiles: 2, token_tiles: 1, warps: 16, blocks: 2 };
 const SIXTEEN_TOKENS: Small =
     Small { file: "linear_4bit", entry: "t4_n2_w8_c2", row_tiles: 4, token_tiles: 2, warps: 8, blocks: 2 };
+const SIXTEEN_TOKENS_MANY_ROWS: Small =
+    Small { file: "linear_4bit", entry: "t7_n2_w8_c4", row_tiles: 7, token_tiles: 2, warps: 8, blocks: 4 };
 const THIRTY_TWO_TOKENS: Small =
     Small { file: "linear_4bit_wide", entry: "t7_n4_w8_c2", row_tiles: 7, token_tiles: 4, warps: 8, blocks: 2 };
 
@@ -160,14 +163,20 @@ fn one_token_tile(product: &Product, target: &Target) -> Plan {
 
 fn two_token_tiles(product: &Product, target: &Target) -> Plan {
     let tiles = row_tiles(product);
-    let ctas = if tiles <= 2 * target.sms {
-        tiles.min(target.sms) // 4096 x 14336: 25.1, a tile a CTA 30.1
-    } else {
-        let ctas = tiles.div_ceil(SIXTEEN_TOKENS.row_tiles);
-        // Whole waves of two CTAs an SM. 128256 x 4096: 151, without 168
-        if ctas <= 2 * target.sms { ctas } else { ctas.next_multiple_of(2 * target.sms) }
-    };
-    SIXTEEN_TOKENS.on(ctas, product)
+    // 4096 x 4096: 7.7, MANY_ROWS 8.6; 1024 x 4096: 6.5 and 5.4
+    if (target.sms + 1..=2 * target.sms).contains(&tiles) && product.columns <= 8192 {
+        return SIXTEEN_TOKENS.on(target.sms, product);
+    }
+    // Whole waves of one CTA an SM. 14336 x 4096: 17.3, SIXTEEN_TOKENS 18.3; 4096 x 14336: 23.7 and 25.6;
+    // 28672 x 8192: 65.3 and 70.8
+    let waves = tiles.div_ceil(SIXTEEN_TOKENS_MANY_ROWS.row_tiles).next_multiple_of(target.sms).min(tiles);
+    let plan = SIXTEEN_TOKENS_MANY_ROWS.on(waves, product);
+    // 128256 x 4096: 141, MANY_ROWS 150
+    if waves <= 4 * target.sms && plan.shared_bytes <= target.shared_bytes {
+        return plan;
+    }
+    let ctas = tiles.div_ceil(SIXTEEN_TOKENS.row_tiles);
+    SIXTEEN_TOKENS.on(if ctas <= 2 * target.sms { ctas } else { ctas.next_multiple_of(2 * target.sms) }, product)
 }
 
 fn four_token_tiles(product: &Product, target: &Target) -> Plan {
@@ -176,6 +185,39 @@ fn four_token_tiles(product: &Product, target: &Target) -> Plan {
     let ctas = tiles.div_ceil(THIRTY_TWO_TOKENS.row_tiles).next_multiple_of(target.sms).min(tiles);
     let plan = THIRTY_TWO_TOKENS.on(ctas, product);
     if plan.shared_bytes <= target.shared_bytes { plan } else { tiled(&MMA_64, product, target) }
+}
+
+/// From so many rows on, loading all tokens into shared memory once costs less than loading them again for every few rows.
+/// 128256 x 4096, 16 tokens: 119, `SIXTEEN_TOKENS` 142; 32 tokens: 177, `THIRTY_TWO_TOKENS` 212; 28672 x 8192: 67 and 63, 101
+/// and 90.
+const VOCABULARY: u64 = 65_536;
+
+fn vocabulary_sized(product: &Product, target: &Target) -> bool {
+    target.sm == 90
+        && product.rows >= VOCABULARY
+        && product.columns.is_multiple_of(2 * 64)
+        && resident(product, target).grid.2 <= 2
+}
+
+/// `linear_4bit_sm90`: see `ResidentShape` there. As few CTAs share K as have room for their columns of all tokens.
+fn resident(product: &Product, target: &Target) -> Plan {
+    let (entry, tokens) = if product.tokens <= 16 { ("n16_s3", 16) } else { ("n32_s3", 32) };
+    let warps = 16;
+    let chunks = u32::try_from(product.columns / 128).unwrap_or(u32::MAX);
+    let shared_bytes = |ranks: u32| {
+        let sent = (tokens / 2 / ranks).min(4);
+        let received = warps * (ranks - 1) * sent * 128;
+        let columns = chunks.div_ceil(ranks).saturating_mul(2 * 128 * tokens);
+        columns.saturating_add(TABLES + warps * 3 * 1152 + received + warps * 16)
+    };
+    let ranks = [1, 2, 4].into_iter().find(|&ranks| shared_bytes(ranks) <= target.shared_bytes).unwrap_or(8);
+    Plan {
+        file: "linear_4bit_sm90",
+        entry,
+        grid: (target.sms / ranks, 1, ranks),
+        threads: 32 * warps,
+        shared_bytes: shared_bytes(ranks),
+    }
 }
 
 /// A configuration of `gemm_4bit` or `gemm_4bit_sm90`: 128 rows by `tokens`.
@@ -245,9 +287,12 @@ mod tests {
         assert_eq!(launch(1, 14336, 4096), ("t4_n1_w8_c4", (264, 1, 1)));
         assert_eq!(launch(1, 28672, 8192), ("t7_n1_w8_c4", (256, 1, 1)));
         assert_eq!(launch(16, 4096, 4096), ("t4_n2_w8_c2", (132, 1, 1)));
-        assert_eq!(launch(16, 14336, 4096), ("t4_n2_w8_c2", (224, 1, 1)));
+        assert_eq!(launch(16, 14336, 4096), ("t7_n2_w8_c4", (132, 1, 1)));
         assert_eq!(launch(32, 14336, 4096), ("t7_n4_w8_c2", (132, 1, 1)));
         assert_eq!(launch(32, 28672, 8192), ("t7_n4_w8_c2", (264, 1, 1)));
+        assert_eq!(launch(16, 128_256, 4096), ("n16_s3", (132, 1, 1)));
+        assert_eq!(launch(32, 128_256, 4096), ("n32_s3", (66, 1, 2)));
+        assert_eq!(launch(32, 128_256, 8192).0, "t7_n4_w8_c2");
         assert_eq!(launch(64, 14336, 4096), ("n64_s4", (1, 112, 2)));
         assert_eq!(launch(64, 4096, 14336), ("n64_s4", (1, 32, 6)));
         assert_eq!(launch(128, 4096, 14336), ("n128_s6", (1, 32, 3)));
@@ -263,7 +308,9 @@ mod tests {
                     let plan = plan(&product, &target);
                     assert!(plan.shared_bytes <= target.shared_bytes, "{product:?} on {target:?}: {plan:?}");
                     assert!(target.sm >= 90 || plan.grid.2 == 1);
-                    if plan.file.starts_with("linear_4bit") {
+                    if plan.file == "linear_4bit_sm90" {
+                        assert!(plan.grid.0 * plan.grid.2 <= target.sms, "{product:?}: {plan:?}");
+                    } else if plan.file.starts_with("linear_4bit") {
                         let most = plan.entry[1..2].parse::<u32>().expect("a digit");
                         assert!(row_tiles(&product).div_ceil(plan.grid.0) <= most, "{product:?}: {plan:?}");
                     } else {

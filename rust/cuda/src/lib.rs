@@ -14,7 +14,7 @@ pub mod upload;
 
 pub use context::{Device, device};
 pub use dequantize::{DeviceScales, dequantize};
-pub use double_quantize::Nested;
+pub use double_quantize::{Nested, scratch_bytes};
 pub use error::CudaError;
 pub use launch::{DevicePtr, Queue};
 pub use linear_4bit::{LowRank, Operands, linear_4bit, most_fused_tokens};

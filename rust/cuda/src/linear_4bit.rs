@@ -8,8 +8,8 @@ use crate::error::CudaError;
 use crate::heuristics::{MOST_TOKENS, Plan, Product, Target, plan, supported, worthwhile};
 use crate::launch::{DevicePtr, Grid, Queue, arg, launch};
 use crate::modules::{
-    GEMM_BF16, GEMM_F16, GEMM_HOPPER_BF16, GEMM_HOPPER_F16, KernelFile, LINEAR_BF16, LINEAR_F16, LINEAR_WIDE_BF16,
-    LINEAR_WIDE_F16,
+    GEMM_BF16, GEMM_F16, GEMM_HOPPER_BF16, GEMM_HOPPER_F16, KernelFile, LINEAR_BF16, LINEAR_F16, LINEAR_HOPPER_BF16,
+    LINEAR_HOPPER_F16, LINEAR_WIDE_BF16, LINEAR_WIDE_F16,
 };
 
 /// Wide loads and stores begin here.
@@ -117,10 +117,10 @@ pub unsafe fn linear_4bit(
     ];
     let grid = Grid {
         ctas: plan.grid,
-        threads: plan.threads,
         shared_bytes: plan.shared_bytes,
         cluster: plan.grid.2,
         overlap: settled && device.overlaps(),
+        ..Grid::new((1, 1), plan.threads)
     };
     // SAFETY: the arguments are LINEAR_4BIT_PARAMETERS of linear_4bit_problem.cuh; the caller vouches for the memory.
     unsafe { launch(device.function(file, (stem, plan.entry))?, grid, queue, &mut args) }
@@ -148,6 +148,8 @@ fn file(plan: &Plan, dtype: FloatType) -> Result<(&'static KernelFile, &'static 
         ("linear_4bit", FloatType::F16) => Ok((&LINEAR_F16, "linear_4bit_f16")),
         ("linear_4bit_wide", FloatType::Bf16) => Ok((&LINEAR_WIDE_BF16, "linear_4bit_wide_bf16")),
         ("linear_4bit_wide", FloatType::F16) => Ok((&LINEAR_WIDE_F16, "linear_4bit_wide_f16")),
+        ("linear_4bit_sm90", FloatType::Bf16) => Ok((&LINEAR_HOPPER_BF16, "linear_4bit_sm90_bf16")),
+        ("linear_4bit_sm90", FloatType::F16) => Ok((&LINEAR_HOPPER_F16, "linear_4bit_sm90_f16")),
         ("gemm_4bit", FloatType::Bf16) => Ok((&GEMM_BF16, "gemm_4bit_bf16")),
         ("gemm_4bit", FloatType::F16) => Ok((&GEMM_F16, "gemm_4bit_f16")),
         ("gemm_4bit_sm90", FloatType::Bf16) => Ok((&GEMM_HOPPER_BF16, "gemm_4bit_sm90_bf16")),
@@ -167,7 +169,8 @@ mod tests {
         for (sm, sms, kilobytes) in targets {
             let target = Target { sm, sms, shared_bytes: kilobytes << 10 };
             let capability = ((sm / 10).cast_signed(), (sm % 10).cast_signed());
-            for (rows, columns) in [(17, 64), (1024, 4096), (4096, 4096), (4096, 14336), (14336, 4096), (128_256, 8192)]
+            for (rows, columns) in
+                [(17, 64), (1024, 4096), (4096, 4096), (4096, 14336), (14336, 4096), (128_256, 4096), (128_256, 8192)]
             {
                 for tokens in 1..=MOST_TOKENS {
                     let plan = plan(&Product { tokens, rows, columns, block_size: 64, lora: true }, &target);

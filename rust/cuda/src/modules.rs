@@ -54,9 +54,13 @@ impl KernelFile {
 
 pub(crate) static DEQUANTIZE: KernelFile =
     KernelFile(&[ptx!("dequantize_sm80", (8, 0)), ptx!("dequantize_sm75", (7, 5))]);
-pub(crate) static QUANTIZE: KernelFile = KernelFile(&[ptx!("quantize_sm80", (8, 0)), ptx!("quantize_sm75", (7, 5))]);
-pub(crate) static DOUBLE_QUANTIZE: KernelFile =
-    KernelFile(&[ptx!("double_quantize_sm80", (8, 0)), ptx!("double_quantize_sm75", (7, 5))]);
+pub(crate) static QUANTIZE: KernelFile =
+    KernelFile(&[ptx!("quantize_sm90", (9, 0)), ptx!("quantize_sm80", (8, 0)), ptx!("quantize_sm75", (7, 5))]);
+pub(crate) static DOUBLE_QUANTIZE: KernelFile = KernelFile(&[
+    ptx!("double_quantize_sm90", (9, 0)),
+    ptx!("double_quantize_sm80", (8, 0)),
+    ptx!("double_quantize_sm75", (7, 5)),
+]);
 
 pub(crate) static LINEAR_BF16: KernelFile =
     KernelFile(&[ptx!("linear_4bit_bf16_sm90", (9, 0)), ptx!("linear_4bit_bf16_sm80", (8, 0))]);
@@ -66,6 +70,8 @@ pub(crate) static LINEAR_WIDE_BF16: KernelFile =
     KernelFile(&[ptx!("linear_4bit_wide_bf16_sm90", (9, 0)), ptx!("linear_4bit_wide_bf16_sm80", (8, 0))]);
 pub(crate) static LINEAR_WIDE_F16: KernelFile =
     KernelFile(&[ptx!("linear_4bit_wide_f16_sm90", (9, 0)), ptx!("linear_4bit_wide_f16_sm80", (8, 0))]);
+pub(crate) static LINEAR_HOPPER_BF16: KernelFile = KernelFile(&[ptx!("linear_4bit_sm90_bf16", (9, 0), true)]);
+pub(crate) static LINEAR_HOPPER_F16: KernelFile = KernelFile(&[ptx!("linear_4bit_sm90_f16", (9, 0), true)]);
 pub(crate) static GEMM_BF16: KernelFile =
     KernelFile(&[ptx!("gemm_4bit_bf16_sm90", (9, 0)), ptx!("gemm_4bit_bf16_sm80", (8, 0))]);
 pub(crate) static GEMM_F16: KernelFile =
@@ -74,7 +80,7 @@ pub(crate) static GEMM_HOPPER_BF16: KernelFile = KernelFile(&[ptx!("gemm_4bit_sm
 pub(crate) static GEMM_HOPPER_F16: KernelFile = KernelFile(&[ptx!("gemm_4bit_sm90_f16", (9, 0), true)]);
 
 /// All of them, for [`Device::warmup`].
-static FILES: [&KernelFile; 11] = [
+static FILES: [&KernelFile; 13] = [
     &DEQUANTIZE,
     &QUANTIZE,
     &DOUBLE_QUANTIZE,
@@ -82,6 +88,8 @@ static FILES: [&KernelFile; 11] = [
     &LINEAR_F16,
     &LINEAR_WIDE_BF16,
     &LINEAR_WIDE_F16,
+    &LINEAR_HOPPER_BF16,
+    &LINEAR_HOPPER_F16,
     &GEMM_BF16,
     &GEMM_F16,
     &GEMM_HOPPER_BF16,

@@ -5,7 +5,7 @@ use qlora_core::codebook::FP4_CODE_BY_RANK;
 use qlora_core::{Codebook, FloatType, Layout, NESTED_BLOCK_SIZE, QuantSpec, Search};
 
 use crate::context::{Device, device};
-use crate::double_quantize::{Nested, double_quantize};
+use crate::double_quantize::{Nested, Scratch, double_quantize};
 use crate::error::{CudaError, failed};
 use crate::launch::{DevicePtr, Grid, Queue, arg, ctas, launch, strided_ctas};
 use crate::modules::QUANTIZE;
@@ -52,8 +52,10 @@ pub struct Quantized {
     pub codes: DevicePtr,
     /// float32 scales.
     pub absmax: DevicePtr,
-    /// When not 0, an int32 that becomes 1 if a NaN or infinite value is seen, else 0.
-    pub nonfinite: DevicePtr,
+    /// [`crate::scratch_bytes`] to work in; the first four are an int32.
+    pub scratch: DevicePtr,
+    /// That int32 shall become 1 if a NaN or infinite value is seen, else 0.
+    pub check_finite: bool,
     /// Given when the scales are quantized too.
     pub nested: Option<Nested>,
 }
@@ -75,9 +77,10 @@ pub unsafe fn quantize(
 ) -> Result<(), CudaError> {
     let device = device(queue.device)?;
     let _entered = device.enter()?;
-    if out.nonfinite != 0 {
-        // SAFETY: the caller's promise: an int32 of this device.
-        unsafe { result::memset_d8_async(out.nonfinite, 0, 4, queue.stream as sys::CUstream) }
+    let scratch = Scratch::at(out.scratch, layout);
+    if out.check_finite {
+        // SAFETY: the caller's promise.
+        unsafe { result::memset_d8_async(out.scratch, 0, 4, queue.stream as sys::CUstream) }
             .map_err(failed("cuMemsetD8Async"))?;
     }
     let mut summed = false;
@@ -97,7 +100,7 @@ pub unsafe fn quantize(
     }
     match &out.nested {
         // SAFETY: the caller's promise.
-        Some(nested) => unsafe { double_quantize(device, queue, layout, out.absmax, nested, summed) },
+        Some(nested) => unsafe { double_quantize(device, queue, layout, out.absmax, nested, scratch, summed) },
         None => Ok(()),
     }
 }
@@ -115,16 +118,19 @@ unsafe fn words(
     let words = (layout.elements() / WORD) as i64;
     let block_shift = spec.block_size().trailing_zeros().cast_signed();
     let zero_word = u32::from(spec.codebook().zero_code()) * 0x1111_1111;
+    let flag = flag(out);
+    // A CTA's scales are one run of one expert.
     let runs_are_whole = layout.experts() == 1 || layout.blocks_per_expert().is_multiple_of(NESTED_BLOCK_SIZE);
-    let summed = out.nested.filter(|_| spec.block_size() == SUMMED_BLOCK && runs_are_whole);
-    let (sums, counts) = summed.map_or((0, 0), |nested| (nested.run_sums, nested.run_counts));
+    let summed = out.nested.is_some() && spec.block_size() == SUMMED_BLOCK && runs_are_whole;
+    let scratch = Scratch::at(out.scratch, layout);
+    let (sums, absent) = if summed { (scratch.sums(), scratch.absent()) } else { (0, 0) };
     let mut args = [
         arg(&weight),
         arg(&out.codes),
         arg(&out.absmax),
-        arg(&out.nonfinite),
+        arg(&flag),
         arg(&sums),
-        arg(&counts),
+        arg(&absent),
         arg(&words),
         arg(&block_shift),
         arg(&zero_word),
@@ -133,7 +139,7 @@ unsafe fn words(
     let grid = Grid::new((ctas(layout.elements(), CTA_WEIGHTS)?, 1), THREADS);
     // SAFETY: the arguments are those of `quantize_words_*`; the caller vouches for the memory.
     unsafe { launch(device.function(&QUANTIZE, ("", names(dtype).0))?, grid, queue, &mut args) }?;
-    Ok(summed.is_some())
+    Ok(summed)
 }
 
 unsafe fn rows(
@@ -147,11 +153,12 @@ unsafe fn rows(
     let (rows, columns) = ((layout.experts() * layout.rows()) as i64, layout.cols() as i64);
     let block_shift = spec.block_size().trailing_zeros().cast_signed();
     let search = search_table(spec.codebook());
+    let flag = flag(out);
     let mut args = [
         arg(&weight),
         arg(&out.codes),
         arg(&out.absmax),
-        arg(&out.nonfinite),
+        arg(&flag),
         arg(&rows),
         arg(&columns),
         arg(&block_shift),
@@ -161,6 +168,11 @@ unsafe fn rows(
     // SAFETY: the arguments are those of `quantize_rows_*`; the caller vouches for the memory.
     unsafe { launch(device.function(&QUANTIZE, ("", names(dtype).1))?, grid, queue, &mut args) }?;
     Ok(false)
+}
+
+/// Where the kernels report NaN and Inf, or null.
+fn flag(out: &Quantized) -> DevicePtr {
+    if out.check_finite { out.scratch } else { 0 }
 }
 
 /// The cell of a normalized value, as quantize.cu finds it. It never falls as x grows, so an x above its own cell's

@@ -39,14 +39,20 @@ fn pointer((address, _): Memory) -> DevicePtr {
     address as DevicePtr
 }
 
-/// u8 codes, group scales and offset of doubly quantized scales; float64 sums and int32 counts to work in, as many as
-/// group scales.
-type NestedMemory = (Memory, Memory, Memory, Memory, Memory);
+/// u8 codes, group scales and offset of doubly quantized scales.
+type NestedMemory = (Memory, Memory, Memory);
+
+/// How many int64 `cuda_quantize` needs to work in.
+#[pyfunction]
+pub fn cuda_quantize_scratch(spec: &Spec, layout: Shape) -> PyResult<usize> {
+    Ok(qlora_cuda::scratch_bytes(&spec.inner, &layout_of(spec, layout)?).div_ceil(8))
+}
 
 /// Quantize `source` into `codes` and float32 `absmax`, and these again into `nested`, which is given iff the spec asks for
-/// it; `nonfinite` (int32 `[1]`, or None) becomes 1 where NaN or Inf is seen, else 0.
+/// it. `scratch`: `cuda_quantize_scratch` int64; with `check_finite` its first four bytes, an int32, become 1 where NaN or
+/// Inf is seen, else 0.
 #[pyfunction]
-#[pyo3(signature = (spec, *, queue, layout, source, dtype, codes, absmax, nested, nonfinite))]
+#[pyo3(signature = (spec, *, queue, layout, source, dtype, codes, absmax, nested, scratch, check_finite))]
 #[allow(clippy::too_many_arguments)] // named at the only call, in _bridge.py
 pub fn cuda_quantize(
     py: Python<'_>,
@@ -58,7 +64,8 @@ pub fn cuda_quantize(
     codes: Memory,
     absmax: Memory,
     nested: Option<NestedMemory>,
-    nonfinite: Option<Memory>,
+    scratch: Memory,
+    check_finite: bool,
 ) -> PyResult<()> {
     let (layout, dtype) = (layout_of(spec, layout)?, float_type(dtype)?);
     expect("source", source.1, layout.elements())?;
@@ -66,8 +73,9 @@ pub fn cuda_quantize(
     expect("absmax", absmax.1, layout.blocks())?;
     expect("nested parts", usize::from(nested.is_some()), usize::from(spec.inner.double_quant()))?;
     let nested = nested.map(|parts| nested_of(&layout, parts)).transpose()?;
+    expect("scratch", scratch.1, qlora_cuda::scratch_bytes(&spec.inner, &layout).div_ceil(8))?;
     let out =
-        Quantized { codes: pointer(codes), absmax: pointer(absmax), nonfinite: nonfinite.map_or(0, pointer), nested };
+        Quantized { codes: pointer(codes), absmax: pointer(absmax), scratch: pointer(scratch), check_finite, nested };
     let (source, queue) = (pointer(source), queue_of(queue));
     run(py, || {
         // SAFETY: `_bridge.py` passes live contiguous tensors of this device, whose lengths were checked above.
@@ -75,19 +83,11 @@ pub fn cuda_quantize(
     })
 }
 
-fn nested_of(layout: &Layout, (codes, scale, offset, sums, counts): NestedMemory) -> PyResult<Nested> {
+fn nested_of(layout: &Layout, (codes, scale, offset): NestedMemory) -> PyResult<Nested> {
     expect("scale codes", codes.1, layout.blocks())?;
-    for (name, memory) in [("scale", scale), ("sums", sums), ("counts", counts)] {
-        expect(name, memory.1, layout.groups())?;
-    }
+    expect("scale", scale.1, layout.groups())?;
     expect("offset", offset.1, layout.experts())?;
-    Ok(Nested {
-        codes: pointer(codes),
-        group_scale: pointer(scale),
-        offset: pointer(offset),
-        run_sums: pointer(sums),
-        run_counts: pointer(counts),
-    })
+    Ok(Nested { codes: pointer(codes), group_scale: pointer(scale), offset: pointer(offset) })
 }
 
 /// A packed weight in device memory, checked once. The caller keeps its tensors alive, and makes a new one when they move.

@@ -20,7 +20,7 @@ mod _core {
     #[pymodule_export]
     use super::checkpoint::{pack_checkpoint, read_header};
     #[pymodule_export]
-    use super::cuda::{DeviceWeight, cuda_quantize, cuda_warmup};
+    use super::cuda::{DeviceWeight, cuda_quantize, cuda_quantize_scratch, cuda_warmup};
     #[pymodule_export]
     use super::device::driver_probe;
     #[pymodule_export]

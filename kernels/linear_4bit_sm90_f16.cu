@@ -1,0 +1,8 @@
+// arch: compute_90a
+// y = x W^T for 9 to 32 tokens and very many rows on Hopper, float16 x and y, W packed in 4 bits;
+// include/linear_4bit_sm90.cuh says how.
+
+#include "linear_4bit_sm90.cuh"
+
+DEFINE_LINEAR_4BIT_SM90(linear_4bit_sm90_f16, __half, 16, 3)
+DEFINE_LINEAR_4BIT_SM90(linear_4bit_sm90_f16, __half, 32, 3)

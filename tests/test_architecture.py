@@ -34,7 +34,7 @@ LAYERS = (
     {"packed", "report"},
     {"_bridge"},
     {"ops"},
-    {"direct", "quantization"},
+    {"direct", "paging", "quantization"},
     {"linear"},
     {"selection"},
     {"checkpoint"},
@@ -54,7 +54,7 @@ CRATE_MAY_USE = {
     "qlora-checkpoint": {"qlora-core"},
     "qlora-cuda": {"qlora-core"},
     "qlora-paging": set(),
-    "qlora-py": {"qlora-core", "qlora-checkpoint", "qlora-cuda"},
+    "qlora-py": {"qlora-core", "qlora-checkpoint", "qlora-cuda", "qlora-paging"},
 }
 
 

@@ -6,6 +6,7 @@ queued on torch's current stream, its memory comes from torch's allocator.
 
 from __future__ import annotations
 
+import ctypes
 import math
 import weakref
 from collections.abc import Callable, Mapping, Sequence
@@ -350,3 +351,21 @@ def loader(files: Mapping[str, Sequence[tuple[str, Tensor]]], device: torch.devi
         _core.cuda_load(places, queue=queue, buffer_bytes=_LOAD_BUFFER_BYTES, num_threads=threads, progress=progress)
 
     return load
+
+
+def stream_of(device: torch.device) -> int:
+    """Handle of torch's current stream; on the CPU, where work is done when it is asked for, 0."""
+    return 0 if device.type == "cpu" else _queue(device)[1]
+
+
+def host_view(address: int, shape: torch.Size, dtype: torch.dtype, owner: object) -> Tensor:
+    """Host memory as a tensor that keeps its owner alive."""
+    memory = (ctypes.c_uint8 * (shape.numel() * dtype.itemsize)).from_address(address)
+    memory._owner = owner  # type: ignore[attr-defined]
+    return torch.frombuffer(memory, dtype=torch.uint8).view(dtype).view(shape)
+
+
+def fill_buffer(pool: _core.HostPool, number: int, tensor: Tensor) -> None:
+    """Copy a tensor's bytes into a paged buffer of as many."""
+    source = tensor.detach().cpu().contiguous()
+    pool.fill(number, (source.data_ptr(), source.nbytes))

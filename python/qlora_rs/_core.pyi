@@ -68,6 +68,68 @@ class DeviceWeight:
         """
 
 @final
+class HostPool:
+    """
+    Buffers in ordinary memory, by number. Addresses are good as long as the pool; see `qlora_rs.paging` for the rest.
+    """
+    def __new__(cls, /, *, frames: SupportsIndex, page_bytes: SupportsIndex, policy: str) -> HostPool:
+        """
+        `policy`: "trace" or "lru".
+        """
+    def acquire(self, /, buffer: SupportsIndex, *, stream: SupportsIndex, write: bool) -> int:
+        """
+        Address of the buffer, until `release`.
+        """
+    def create(self, /, name: str, bytes: SupportsIndex) -> int:
+        """
+        Number of a new buffer of zeros.
+        """
+    def discard(self, /, buffer: SupportsIndex) -> None:
+        """
+        Forget the content: zeros again.
+        """
+    def fill(self, /, buffer: SupportsIndex, source: tuple[SupportsIndex, SupportsIndex]) -> None:
+        """
+        Replace the content by `source`'s (address, bytes), which are as many as the buffer was created with.
+        """
+    def frame_map(self, /) -> list[tuple[int, int] | None]:
+        """
+        Which page of which buffer each frame holds.
+        """
+    def free(self, /, buffer: SupportsIndex) -> None:
+        """
+        The buffer is gone.
+        """
+    def freeze(self, /, buffer: SupportsIndex) -> None:
+        """
+        From now on the buffer is only read.
+        """
+    def give_back(self, /, bytes: SupportsIndex) -> int:
+        """
+        Bytes of frames that were given back to the device.
+        """
+    def host(self, /, buffer: SupportsIndex) -> int:
+        """
+        Address of the up-to-date content in host memory, to be read.
+        """
+    def prefetch(self, /, buffers: SupportsGetItem[int, SupportsIndex]) -> None:
+        """
+        Fetch buffers in this order, as far as there is room.
+        """
+    def reclaim(self, /) -> None:
+        """
+        Use the whole budget again.
+        """
+    def release(self, /, buffer: SupportsIndex, *, stream: SupportsIndex) -> None:
+        """
+        Ends the stream's last `acquire`.
+        """
+    def stats(self, /) -> dict[str, Any]:
+        """
+        Counts so far, and how the pool stands.
+        """
+
+@final
 class Spec:
     """
     How weights become codes; made once, valid from then on.

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from qlora_rs import checkpoint, reference
+from qlora_rs import checkpoint, paging, reference
 from qlora_rs.adapter_merge import MergeReport, merge_adapter
 from qlora_rs.adapters import load_adapter, read_adapter, save_adapter
-from qlora_rs.errors import DeviceError, FormatError, NonFiniteError, QloraError, UnsupportedError
+from qlora_rs.errors import DeviceError, FormatError, NonFiniteError, PageError, QloraError, UnsupportedError
 from qlora_rs.linear import Linear4bit
 from qlora_rs.lora import (
     AttachReport,
@@ -30,6 +30,7 @@ __all__ = [
     "MergeReport",
     "NonFiniteError",
     "PackedTensor",
+    "PageError",
     "QloraError",
     "QuantSpec",
     "QuantizeReport",
@@ -43,6 +44,7 @@ __all__ = [
     "lora_modules",
     "lora_parameters",
     "merge_adapter",
+    "paging",
     "quantize",
     "quantize_model",
     "read_adapter",

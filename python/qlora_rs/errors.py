@@ -22,6 +22,10 @@ class DeviceError(QloraError):
     """The device or its driver failed."""
 
 
+class PageError(QloraError):
+    """A paged buffer cannot be used so: too large, no room beside what is acquired, freed, or frozen."""
+
+
 class NonFiniteError(QloraError, ValueError):
     """A weight holds NaN or infinite values. The message gives their count and the first index."""
 

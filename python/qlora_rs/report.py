@@ -105,6 +105,26 @@ def format_bytes(count: int) -> str:
     return f"{value:.{1 if value >= 9.995 else 2}f} {units[0]}"
 
 
+_UNITS = {"": 1, **{f"{p}B": 1000**i for i, p in enumerate(["", "K", "M", "G", "T"])}}
+_UNITS |= {f"{p}IB": 1024**i for i, p in enumerate(["", "K", "M", "G", "T"]) if i}
+
+
+def parse_bytes(size: int | str) -> int:
+    """A size as people write it, in bytes; units are decimal (``GB``) or binary (``GiB``).
+
+    Raises:
+        ValueError: not a size.
+
+    >>> parse_bytes("24GiB"), parse_bytes("1.5 MB"), parse_bytes(4096)
+    (25769803776, 1500000, 4096)
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", str(size))
+    unit = match and _UNITS.get(match[2].upper())
+    if not match or not unit:
+        raise ValueError(f"expected a size such as '24GiB', '500MB' or a number of bytes, got {size!r}")
+    return int(float(match[1]) * unit) if "." in match[1] else int(match[1]) * unit
+
+
 def fold(rows: Iterable[Row], alike: Any = lambda row: None) -> list[tuple[str, list[Row]]]:
     """Group rows (with a ``name``) that differ in numbers between dots only and have equal ``alike(row)``.
 

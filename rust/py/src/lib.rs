@@ -5,6 +5,7 @@ mod checkpoint;
 mod cuda;
 mod device;
 mod load;
+mod paging;
 mod quantize;
 mod spec;
 
@@ -25,6 +26,8 @@ mod _core {
     use super::device::driver_probe;
     #[pymodule_export]
     use super::load::cuda_load;
+    #[pymodule_export]
+    use super::paging::HostPool;
     #[pymodule_export]
     use super::quantize::{dequantize, double_quantize, dynamic_map, linear, quantize, simd_level};
     #[pymodule_export]

@@ -10,6 +10,7 @@ mod matvec;
 mod matvec_avx2;
 mod matvec_avx512;
 mod matvec_bf16;
+mod optim;
 mod pages;
 
 use std::sync::OnceLock;
@@ -24,6 +25,7 @@ use crate::quantize::quantize_block;
 
 pub use float_mode::with_ieee_floats;
 pub(crate) use matvec::{InOrder, Staged, multiplies_bf16, prefetch};
+pub(crate) use optim::update;
 pub(crate) use pages::advise_large_pages;
 
 /// Instruction sets that kernels exist for, ascending.

@@ -35,6 +35,7 @@ LAYERS = (
     {"_bridge"},
     {"ops"},
     {"direct", "paging", "quantization"},
+    {"optim"},
     {"linear"},
     {"selection"},
     {"checkpoint"},

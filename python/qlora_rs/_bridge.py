@@ -369,3 +369,63 @@ def fill_buffer(pool: _core.HostPool, number: int, tensor: Tensor) -> None:
     """Copy a tensor's bytes into a paged buffer of as many."""
     source = tensor.detach().cpu().contiguous()
     pool.fill(number, (source.data_ptr(), source.nbytes))
+
+
+class StateArray(NamedTuple):
+    """One state of a parameter: float32 values, or codes with scales and whether their map is signed."""
+
+    values: Tensor
+    absmax: Tensor | None
+    signed: bool
+
+    def memory(self) -> tuple[tuple[int, int], tuple[tuple[int, int], bool] | None]:
+        return _memory(self.values), None if self.absmax is None else (_memory(self.absmax), self.signed)
+
+
+class Update(NamedTuple):
+    """One parameter in an optimizer's step; all tensors contiguous, on the CPU, of equally many elements."""
+
+    factors: list[float]
+    scale: float
+    param: Tensor
+    grad: Tensor
+    states: list[StateArray]
+
+
+def optimizer_step(rule: str, updates: Sequence[Update]) -> None:
+    """Update parameters and states in place, all in one call."""
+    parameters = [
+        (
+            update.factors,
+            update.scale,
+            _memory(update.param),
+            _memory(update.grad),
+            _DTYPE_CODES[update.param.dtype],
+            [state.memory() for state in update.states],
+        )
+        for update in updates
+    ]
+    _core.optimizer_step(rule, parameters, num_threads=torch.get_num_threads())
+
+
+def squared_norm(grads: Sequence[Tensor]) -> float:
+    """Sum of the squares of all elements, in float64."""
+    memories = [(_memory(grad), _DTYPE_CODES[grad.dtype]) for grad in grads]
+    return _core.squared_norm(memories, num_threads=torch.get_num_threads())
+
+
+def quantize_state(values: Tensor, signed: bool) -> tuple[Tensor, Tensor]:
+    """uint8 codes of the shape of float32 values, and float32 scales [ceil(n / 256)]."""
+    values = values.contiguous()
+    codes = torch.empty(values.shape, dtype=torch.uint8)
+    absmax = torch.empty(-(-values.numel() // _core.STATE_BLOCK_SIZE), dtype=torch.float32)
+    _core.quantize_state(signed=signed, values=_memory(values), codes=_memory(codes), absmax=_memory(absmax))
+    return codes, absmax
+
+
+def dequantize_state(codes: Tensor, absmax: Tensor, signed: bool) -> Tensor:
+    """The float32 values of codes and scales."""
+    codes, absmax = codes.contiguous(), absmax.contiguous()
+    values = torch.empty(codes.shape, dtype=torch.float32)
+    _core.dequantize_state(signed=signed, codes=_memory(codes), absmax=_memory(absmax), values=_memory(values))
+    return values

@@ -8,6 +8,7 @@ from typing import Any, Final, SupportsFloat, SupportsIndex, final
 from _typeshed import SupportsGetItem
 
 NESTED_BLOCK_SIZE: Final[int]
+STATE_BLOCK_SIZE: Final[int]
 __version__: Final[str]
 
 @final
@@ -218,6 +219,17 @@ def dequantize(
     Dequantize into `out` (elements of `dtype`). With `scale` and `offset` the `absmax` are 8-bit codes, else float32.
     """
 
+def dequantize_state(
+    *,
+    signed: bool,
+    codes: tuple[SupportsIndex, SupportsIndex],
+    absmax: tuple[SupportsIndex, SupportsIndex],
+    values: tuple[SupportsIndex, SupportsIndex],
+) -> None:
+    """
+    The float32 `values` of `codes` and `absmax`.
+    """
+
 def double_quantize(
     spec: Spec,
     *,
@@ -261,6 +273,29 @@ def linear(
     dequantized matrix is never written. `absmax`, `scale` and `offset` as in `dequantize`.
     """
 
+def optimizer_step(
+    rule: str,
+    parameters: SupportsGetItem[
+        int,
+        tuple[
+            SupportsGetItem[int, SupportsFloat | SupportsIndex],
+            SupportsFloat | SupportsIndex,
+            tuple[SupportsIndex, SupportsIndex],
+            tuple[SupportsIndex, SupportsIndex],
+            SupportsIndex,
+            SupportsGetItem[
+                int, tuple[tuple[SupportsIndex, SupportsIndex], tuple[tuple[SupportsIndex, SupportsIndex], bool] | None]
+            ],
+        ],
+    ],
+    *,
+    num_threads: SupportsIndex,
+) -> None:
+    """
+    One step of `rule` over parameters, each `(factors, gradient scale, parameter, gradient, dtype, states)`; a state is
+    `(float32 values, None)` or `(codes, (float32 scales, signed))`. Not to be interrupted: it would be half done.
+    """
+
 def pack_checkpoint(
     spec: Spec,
     *,
@@ -299,6 +334,17 @@ def quantize(
     Quantize `source` (elements of `dtype`: 0 float32, 1 bfloat16, 2 float16) into `codes` (bytes) and `absmax` (float32).
     """
 
+def quantize_state(
+    *,
+    signed: bool,
+    values: tuple[SupportsIndex, SupportsIndex],
+    codes: tuple[SupportsIndex, SupportsIndex],
+    absmax: tuple[SupportsIndex, SupportsIndex],
+) -> None:
+    """
+    Quantize float32 `values` into `codes` and a scale for each 256 of them in `absmax`.
+    """
+
 def read_header(path: str | PathLike[str]) -> dict[str, Any]:
     """
     `{"metadata": {...}, "tensors": [(name, dtype, shape, start, end), ...]}` of a safetensors file, in data order.
@@ -307,6 +353,15 @@ def read_header(path: str | PathLike[str]) -> dict[str, Any]:
 def simd_level() -> str:
     """
     The instruction set that the kernels use here: "scalar", "avx2" or "avx512" (`QLORA_RS_SIMD` lowers it).
+    """
+
+def squared_norm(
+    grads: SupportsGetItem[int, tuple[tuple[SupportsIndex, SupportsIndex], SupportsIndex]],
+    *,
+    num_threads: SupportsIndex,
+) -> float:
+    """
+    Sum of the squares of gradients, each `(memory, dtype)`, in float64.
     """
 
 BLOCK_SIZES: Final[list[int]]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from qlora_rs import checkpoint, paging, reference
+from qlora_rs import checkpoint, optim, paging, reference
 from qlora_rs.adapter_merge import MergeReport, merge_adapter
 from qlora_rs.adapters import load_adapter, read_adapter, save_adapter
 from qlora_rs.errors import DeviceError, FormatError, NonFiniteError, PageError, QloraError, UnsupportedError
@@ -44,6 +44,7 @@ __all__ = [
     "lora_modules",
     "lora_parameters",
     "merge_adapter",
+    "optim",
     "paging",
     "quantize",
     "quantize_model",

@@ -219,3 +219,97 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x W^T + b in float64: what products are judged against."""
     product = x.double() @ weight.double().T
     return product if bias is None else product + bias.double()
+
+
+def adamw_update(
+    p: Tensor,
+    g: Tensor,
+    m: Tensor,
+    v: Tensor,
+    *,
+    step: int,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    wd: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One AdamW step: the new parameter, first and second moment, all float32, each operation rounded by itself.
+
+    Factors are float64, rounded once (Loshchilov and Hutter, 2019; decay comes first, as in torch).
+    """
+    b1, b2 = betas
+    m = m + (g - m) * _f32(1 - b1)
+    v = v * _f32(b2) + g * g * _f32(1 - b2)
+    denominator = _sqrt(v) / _f32((1 - b2**step) ** 0.5) + _f32(eps)
+    return p * _f32(1 - lr * wd) - m / denominator * _f32(lr / (1 - b1**step)), m, v
+
+
+def lion_update(
+    p: Tensor, g: Tensor, m: Tensor, *, lr: float, betas: tuple[float, float], wd: float
+) -> tuple[Tensor, Tensor]:
+    """One Lion step (Chen et al., 2023): the new parameter and moment."""
+    b1, b2 = betas
+    direction = (m * _f32(b1) + g * _f32(1 - b1)).sign()
+    return p * _f32(1 - lr * wd) - direction * _f32(lr), m * _f32(b2) + g * _f32(1 - b2)
+
+
+def ademamix_update(
+    p: Tensor,
+    g: Tensor,
+    m: Tensor,
+    v: Tensor,
+    slow: Tensor,
+    *,
+    step: int,
+    lr: float,
+    betas: tuple[float, float, float],
+    alpha: float,
+    eps: float,
+    wd: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """One AdEMAMix step (Pagliardini et al., 2024), beta 3 and alpha being those of this step."""
+    b1, b2, b3 = betas
+    m = m + (g - m) * _f32(1 - b1)
+    v = v * _f32(b2) + g * g * _f32(1 - b2)
+    slow = slow + (g - slow) * _f32(1 - b3)
+    denominator = _sqrt(v) / _f32((1 - b2**step) ** 0.5) + _f32(eps)
+    mixed = m / _f32(1 - b1**step) + slow * _f32(alpha)
+    return p * _f32(1 - lr * wd) - mixed / denominator * _f32(lr), m, v, slow
+
+
+def sgd_update(
+    p: Tensor,
+    g: Tensor,
+    buffer: Tensor,
+    *,
+    first: bool,
+    lr: float,
+    momentum: float,
+    dampening: float,
+    wd: float,
+    nesterov: bool,
+) -> tuple[Tensor, Tensor]:
+    """One step of gradient descent with momentum, as torch defines it (decay is added to the gradient)."""
+    g = g + p * _f32(wd)
+    buffer = buffer * _f32(momentum) + g * _f32(1.0 if first else 1 - dampening)
+    return p - (g + buffer * _f32(momentum) if nesterov else buffer) * _f32(lr), buffer
+
+
+def quantize_state(values: Tensor, signed: bool) -> tuple[Tensor, Tensor]:
+    """8-bit optimizer state: uint8 codes and float32 scales [ceil(n/256)] of 1-D values, in blocks of 256."""
+    codes, absmax = quantize_blocks(values, 256, "dynamic8" if signed else "udynamic8")
+    return codes.to(torch.uint8), absmax
+
+
+def dequantize_state(codes: Tensor, absmax: Tensor, signed: bool) -> Tensor:
+    """The float32 values of `quantize_state`'s codes and scales."""
+    return dequantize_blocks(codes.long(), absmax, 256, torch.float32, "dynamic8" if signed else "udynamic8")
+
+
+def _sqrt(values: Tensor) -> Tensor:
+    """Correctly rounded, which torch's float32 square root is not on every processor."""
+    return values.double().sqrt().float()
+
+
+def _f32(value: float) -> Tensor:
+    return torch.tensor(value, dtype=torch.float32)

@@ -177,7 +177,8 @@ pub(crate) fn update(rule: &Rule, scale: f32, param: &mut [f32], grad: &[f32], s
                 let g = g * scale + *p * rule.weight_decay;
                 *buffer = *buffer * rule.momentum + g * rule.rest;
                 let ahead = g + *buffer * rule.momentum;
-                *p -= if rule.nesterov { ahead } else { *buffer } * rule.lr;
+                let direction = if rule.nesterov { ahead } else { *buffer };
+                *p -= direction * rule.lr;
             }
         }
     }

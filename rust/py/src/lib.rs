@@ -5,6 +5,7 @@ mod checkpoint;
 mod cuda;
 mod device;
 mod load;
+mod optim;
 mod paging;
 mod quantize;
 mod spec;
@@ -27,6 +28,8 @@ mod _core {
     #[pymodule_export]
     use super::load::cuda_load;
     #[pymodule_export]
+    use super::optim::{dequantize_state, optimizer_step, quantize_state, squared_norm};
+    #[pymodule_export]
     use super::paging::HostPool;
     #[pymodule_export]
     use super::quantize::{dequantize, double_quantize, dynamic_map, linear, quantize, simd_level};
@@ -38,6 +41,8 @@ mod _core {
     const __version__: &str = env!("CARGO_PKG_VERSION");
     #[pymodule_export]
     const NESTED_BLOCK_SIZE: usize = qlora_core::NESTED_BLOCK_SIZE;
+    #[pymodule_export]
+    const STATE_BLOCK_SIZE: usize = qlora_core::STATE_BLOCK_SIZE;
 
     #[pymodule_init]
     fn init(module: &Bound<'_, PyModule>) -> PyResult<()> {

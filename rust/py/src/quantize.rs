@@ -127,7 +127,7 @@ unsafe fn scales_of<'a>(
 ///
 /// # Safety
 /// As [`read`].
-unsafe fn floats<'a>(memory: Memory, dtype: FloatType) -> Floats<'a> {
+pub unsafe fn floats<'a>(memory: Memory, dtype: FloatType) -> Floats<'a> {
     // SAFETY: the caller's promise.
     unsafe {
         match dtype {
@@ -142,7 +142,7 @@ unsafe fn floats<'a>(memory: Memory, dtype: FloatType) -> Floats<'a> {
 ///
 /// # Safety
 /// As [`write`].
-unsafe fn floats_mut<'a>(memory: Memory, dtype: FloatType) -> FloatsMut<'a> {
+pub unsafe fn floats_mut<'a>(memory: Memory, dtype: FloatType) -> FloatsMut<'a> {
     // SAFETY: the caller's promise.
     unsafe {
         match dtype {

@@ -1,17 +1,18 @@
 //! An optimizer's step over many tensors at once: cut into pieces, each decoded, updated and encoded in the cache.
 
 use crate::control::Control;
-use crate::dequantize::dequantize_block;
 use crate::dynamic_map::DynamicMap;
 use crate::error::CoreError;
 use crate::float::{Element, Floats, FloatsMut};
 use crate::optim::{MOST_STATES, Rule};
-use crate::optimizer_state::{STATE_BLOCK_SIZE, encode_block};
+use crate::optimizer_state::{STATE_BLOCK_SIZE, dequantize_state_at, quantize_state_at};
 use crate::parallel::Parallel;
-use crate::simd::{self, Kernels, SimdLevel, simd_level};
+use crate::simd::{self, SimdLevel, simd_level};
 
 /// Elements of a piece: a multiple of the state's block, so that no block is cut.
 const PIECE: usize = 64 * STATE_BLOCK_SIZE;
+/// Elements that are decoded together: with three states they fit the first-level cache.
+const CHUNK: usize = 4 * STATE_BLOCK_SIZE;
 
 /// One state array of a parameter.
 #[derive(Debug)]
@@ -215,13 +216,15 @@ fn run_wide(level: SimdLevel, rule: &Rule, scale: f32, param: &mut [f32], grad: 
         simd::update(level, rule, scale, param, grad, full);
         return;
     }
-    let blocks = param.chunks_mut(STATE_BLOCK_SIZE).zip(grad.chunks(STATE_BLOCK_SIZE));
-    for (block, (param, grad)) in blocks.enumerate() {
-        with_states(level, block, param.len(), states, |full| simd::update(level, rule, scale, param, grad, full));
+    let mut wide = [[0.0; CHUNK]; MOST_STATES];
+    for (chunk, (param, grad)) in param.chunks_mut(CHUNK).zip(grad.chunks(CHUNK)).enumerate() {
+        with_states(level, chunk, param.len(), states, &mut wide, |full| {
+            simd::update(level, rule, scale, param, grad, full);
+        });
     }
 }
 
-/// Narrower ones a block at a time, rounded to nearest even.
+/// Narrower ones a chunk at a time, rounded to nearest even.
 fn run_narrow<T: Element>(
     level: SimdLevel,
     rule: &Rule,
@@ -230,56 +233,51 @@ fn run_narrow<T: Element>(
     grad: &[T],
     states: &mut [State<'_>],
 ) {
-    let (mut wide_param, mut wide_grad) = ([0.0; STATE_BLOCK_SIZE], [0.0; STATE_BLOCK_SIZE]);
-    let blocks = param.chunks_mut(STATE_BLOCK_SIZE).zip(grad.chunks(STATE_BLOCK_SIZE));
-    for (block, (param, grad)) in blocks.enumerate() {
+    let (mut wide_param, mut wide_grad) = ([0.0; CHUNK], [0.0; CHUNK]);
+    let mut wide = [[0.0; CHUNK]; MOST_STATES];
+    for (chunk, (param, grad)) in param.chunks_mut(CHUNK).zip(grad.chunks(CHUNK)).enumerate() {
         let count = param.len();
         let (wide_param, wide_grad) = (&mut wide_param[..count], &mut wide_grad[..count]);
         wide_param.iter_mut().zip(&*param).for_each(|(wide, value)| *wide = value.widen());
         wide_grad.iter_mut().zip(grad).for_each(|(wide, value)| *wide = value.widen());
-        with_states(level, block, count, states, |full| {
+        with_states(level, chunk, count, states, &mut wide, |full| {
             simd::update(level, rule, scale, wide_param, wide_grad, full);
         });
         param.iter_mut().zip(&*wide_param).for_each(|(value, wide)| *value = T::narrow(*wide));
     }
 }
 
-/// Lend one block of each state as float32, and take it back.
+/// Lend a chunk of each state as float32, in `wide`, and take it back.
 fn with_states(
     level: SimdLevel,
-    block: usize,
+    chunk: usize,
     count: usize,
     states: &mut [State<'_>],
+    wide: &mut [[f32; CHUNK]; MOST_STATES],
     work: impl FnOnce([&mut [f32]; MOST_STATES]),
 ) {
-    let start = block * STATE_BLOCK_SIZE;
-    let range = start..start + count;
-    let mut wide = [[0.0f32; STATE_BLOCK_SIZE]; MOST_STATES];
+    let range = chunk * CHUNK..chunk * CHUNK + count;
+    let blocks = range.start / STATE_BLOCK_SIZE..range.end.div_ceil(STATE_BLOCK_SIZE);
     for (wide, state) in wide.iter_mut().zip(&*states) {
         let wide = &mut wide[..count];
         match state {
             State::Full(values) => wide.copy_from_slice(&values[range.clone()]),
             State::Blockwise { map, codes, absmax } => {
-                let (codes, absmax) = (&codes[range.clone()], absmax[block]);
-                if count == STATE_BLOCK_SIZE {
-                    f32::decode(level, codes, &[absmax], STATE_BLOCK_SIZE, map.table(), false, wide);
-                } else {
-                    dequantize_block(codes, absmax, map.table(), wide);
-                }
+                dequantize_state_at(level, *map, &codes[range.clone()], &absmax[blocks.clone()], wide)
+                    .expect("`check` saw that the lengths fit");
             }
         }
     }
     let own = states.len();
-    let mut parts = wide.iter_mut().enumerate();
-    work(std::array::from_fn(|_| match parts.next() {
-        Some((index, part)) if index < own => &mut part[..count],
-        _ => Default::default(),
-    }));
+    let mut parts = wide.iter_mut().take(own);
+    work(std::array::from_fn(|_| parts.next().map(|part| &mut part[..count]).unwrap_or_default()));
     for (wide, state) in wide.iter().zip(states) {
+        let wide = &wide[..count];
         match state {
-            State::Full(values) => values[range.clone()].copy_from_slice(&wide[..count]),
+            State::Full(values) => values[range.clone()].copy_from_slice(wide),
             State::Blockwise { map, codes, absmax } => {
-                absmax[block] = encode_block(level, *map, &wide[..count], &mut codes[range.clone()]);
+                quantize_state_at(level, *map, wide, &mut codes[range.clone()], &mut absmax[blocks.clone()])
+                    .expect("`check` saw that the lengths fit");
             }
         }
     }

@@ -100,6 +100,18 @@ def test_saved_state_comes_back_paged_and_goes_on_with_the_same_bits(paged: type
         assert_same(one.state_dict()["state"], optimizer.state_dict()["state"])
 
 
+def test_loading_replaces_all_that_was_there() -> None:
+    params, pool = parameters(), small_pool()
+    optimizer, fresh = optim.PagedAdamW32bit(params, pool=pool), optim.PagedAdamW32bit(params, pool=small_pool())
+    play(fresh, params[:1], range(1, 4))
+    saved = copy.deepcopy(fresh.state_dict())
+    play(optimizer, params, range(1, 4))
+    buffers = pool.stats().buffers
+    optimizer.load_state_dict(saved)
+    assert pool.stats().buffers < buffers
+    assert_same(optimizer.state_dict()["state"], saved["state"])
+
+
 def test_known_order_is_fetched_ahead() -> None:
     params, pool = parameters(), small_pool()
     optimizer = optim.PagedAdamW32bit(params, pool=pool)

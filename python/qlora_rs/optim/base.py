@@ -80,6 +80,7 @@ class StateOptimizer(torch.optim.Optimizer):
         """What is to be done, and strided parameters with the contiguous copies that are updated in their place."""
         work, copies = [], []
         for group in self.param_groups:
+            factors: dict[int, list[float]] = {}  # by step: all parameters of a group are usually at the same one
             for key in group["params"]:
                 if key.grad is None:
                     continue
@@ -92,8 +93,9 @@ class StateOptimizer(torch.optim.Optimizer):
                 grad = _to_local(key.grad).to(param.dtype).contiguous()
                 state = self.state[key]
                 step = self._advance(state)
-                factors = self.rule.factors(group, step)
-                work.append(Work(key, group, factors, -1.0 if group["maximize"] else 1.0, dense, grad))
+                if step not in factors:
+                    factors[step] = self.rule.factors(group, step)
+                work.append(Work(key, group, factors[step], -1.0 if group["maximize"] else 1.0, dense, grad))
         return work, copies
 
     def _local(self, key: Tensor) -> Tensor:
@@ -190,12 +192,16 @@ class StateOptimizer(torch.optim.Optimizer):
         for group in self.param_groups:
             for name, value in self.defaults.items():
                 group.setdefault(name, value)  # what torch's optimizer does not have
+        self._forget()
         numbers = [number for group in loaded["param_groups"] for number in group["params"]]
         keys = [(key, group) for group in self.param_groups for key in group["params"]]
         for number, (key, group) in zip(numbers, keys, strict=True):
             saved = loaded["state"].get(number)
             if saved:
                 self._load(key, group, saved)
+
+    def _forget(self) -> None:
+        """Drop what is kept outside of ``state``, which has been emptied."""
 
     def _load(self, key: Tensor, group: dict[str, Any], saved: dict[str, Any]) -> None:
         # torch's SGD counts no steps, and saves None where there was no momentum yet.

@@ -50,7 +50,10 @@ class PagedOptimizer(StateOptimizer):
     def __init__(self, *args: Any, pool: PagedPool | None = None, budget: int | str = "1GiB", **options: Any) -> None:
         super().__init__(*args, **options)
         self.pool = PagedPool(budget) if pool is None else pool
-        self._pages: list[PagedBuffer] = []
+        self._forget()
+
+    def _forget(self) -> None:
+        self._pages: list[PagedBuffer] = []  # those of before give their memory up
         self._used = self.pool.page_size  # bytes of the last page
         self._runs: dict[Tensor, list[_Run]] = {}
 

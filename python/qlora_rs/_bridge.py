@@ -179,9 +179,9 @@ class DeviceWeight:
             return False
         for part, mark in zip(parts, self._marks):  # noqa: B905
             if part is None or mark is None:
-                if part is not mark:
-                    return False
-                continue
+                if part is None and mark is None:
+                    continue
+                return False
             reference, address, elements = mark
             if (
                 reference() is not part
@@ -290,7 +290,7 @@ def linear_cpu(
     spec: QuantSpec,
     bias: Tensor | None,
 ) -> Tensor:
-    """x W^T + bias (of x's dtype) for a 4-bit matrix in CPU memory, which is never dequantized as a whole."""
+    """x W^T + bias (of x's dtype) for a packed matrix in CPU memory, which is never dequantized as a whole."""
     x, codes, absmax = x.contiguous(), codes.contiguous(), absmax.contiguous()
     scale = None if absmax_scale is None else absmax_scale.contiguous()
     offset = None if absmax_offset is None else absmax_offset.contiguous()

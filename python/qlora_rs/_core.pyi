@@ -184,18 +184,21 @@ def cuda_quantize(
     codes: tuple[SupportsIndex, SupportsIndex],
     absmax: tuple[SupportsIndex, SupportsIndex],
     nested: tuple[
-        tuple[SupportsIndex, SupportsIndex],
-        tuple[SupportsIndex, SupportsIndex],
-        tuple[SupportsIndex, SupportsIndex],
-        tuple[SupportsIndex, SupportsIndex],
-        tuple[SupportsIndex, SupportsIndex],
+        tuple[SupportsIndex, SupportsIndex], tuple[SupportsIndex, SupportsIndex], tuple[SupportsIndex, SupportsIndex]
     ]
     | None,
-    nonfinite: tuple[SupportsIndex, SupportsIndex] | None,
+    scratch: tuple[SupportsIndex, SupportsIndex],
+    check_finite: bool,
 ) -> None:
     """
     Quantize `source` into `codes` and float32 `absmax`, and these again into `nested`, which is given iff the spec asks for
-    it; `nonfinite` (int32 `[1]`, or None) becomes 1 where NaN or Inf is seen, else 0.
+    it. `scratch`: `cuda_quantize_scratch` int64; with `check_finite` its first four bytes, an int32, become 1 where NaN or
+    Inf is seen, else 0.
+    """
+
+def cuda_quantize_scratch(spec: Spec, layout: tuple[SupportsIndex, SupportsIndex, SupportsIndex]) -> int:
+    """
+    How many int64 `cuda_quantize` needs to work in.
     """
 
 def cuda_warmup(device: SupportsIndex) -> None:

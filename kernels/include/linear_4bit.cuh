@@ -136,23 +136,20 @@ template <typename T, typename SHAPE> struct TokenChunk {
     uint4 low[SHAPE::BLOCKS][SHAPE::TOKEN_TILES], high[SHAPE::BLOCKS][SHAPE::TOKEN_TILES];
 
     __device__ __forceinline__ void load(const Linear4bit<T>& p, int chunk) {
-#pragma unroll
-        for (int b = 0; b < SHAPE::BLOCKS; b++) load_block(p, chunk, b);
-    }
-
-    __device__ __forceinline__ void load_block(const Linear4bit<T>& p, int chunk, int b) {
         const int group = threadIdx.x % 32 / 4, quad = threadIdx.x % 4;
 #pragma unroll
-        for (int n = 0; n < SHAPE::TOKEN_TILES; n++) {
-            const int token = n * 8 + group, column = (chunk * SHAPE::BLOCKS + b) * 64 + quad * 16;
-            low[b][n] = high[b][n] = make_uint4(0, 0, 0, 0);
-            if (token < p.M && column < p.K) {
-                const T* x = p.x + static_cast<int64_t>(token) * p.K + column;
-                const uint4* from = reinterpret_cast<const uint4*>(x);
-                low[b][n] = __ldcg(from);
-                high[b][n] = __ldcg(from + 1);
+        for (int b = 0; b < SHAPE::BLOCKS; b++)
+#pragma unroll
+            for (int n = 0; n < SHAPE::TOKEN_TILES; n++) {
+                const int token = n * 8 + group, column = (chunk * SHAPE::BLOCKS + b) * 64 + quad * 16;
+                low[b][n] = high[b][n] = make_uint4(0, 0, 0, 0);
+                if (token < p.M && column < p.K) {
+                    const T* x = p.x + static_cast<int64_t>(token) * p.K + column;
+                    const uint4* from = reinterpret_cast<const uint4*>(x);
+                    low[b][n] = __ldcg(from);
+                    high[b][n] = __ldcg(from + 1);
+                }
             }
-        }
     }
 };
 
@@ -166,12 +163,11 @@ template <typename T, int N> __device__ __forceinline__ void load_floats(float (
     }
 }
 
-// One stage: 16 rows x BLOCKS blocks times all tokens, added to the row tile's accumulators. After a chunk's last stage
-// the tokens of `next_chunk` (-1 before) take the places of these, block by block, so that they are on the way early.
+// One stage: 16 rows x BLOCKS blocks times all tokens, added to the row tile's accumulators.
 template <typename T, typename SHAPE>
 __device__ __forceinline__ void multiply_stage(const char* stage, const PairTable& table,
-                                               TokenChunk<T, SHAPE>& tokens, float (&sums)[SHAPE::TOKEN_TILES][4],
-                                               const Linear4bit<T>& p, int next_chunk) {
+                                               const TokenChunk<T, SHAPE>& tokens,
+                                               float (&sums)[SHAPE::TOKEN_TILES][4]) {
     const int group = threadIdx.x % 32 / 4, quad = threadIdx.x % 4;
     const float* scales = reinterpret_cast<const float*>(stage + SHAPE::CODE_BYTES);
     float upper_scale[SHAPE::BLOCKS], lower_scale[SHAPE::BLOCKS];
@@ -201,7 +197,6 @@ __device__ __forceinline__ void multiply_stage(const char* stage, const PairTabl
             sums[n][2] += part[2] * lower_scale[b];
             sums[n][3] += part[3] * lower_scale[b];
         }
-        if (next_chunk >= 0) tokens.load_block(p, next_chunk, b);
     }
 }
 
@@ -249,8 +244,12 @@ __device__ __forceinline__ void linear_4bit(const Linear4bit<T>& p, const Codebo
         for (int tile = warp; tile < tiles; tile += SHAPE::WARPS) lora_tile<T, SHAPE>(p, first_tile, tile, lora_slice);
 
     float sums[SHAPE::ROW_TILES][SHAPE::TOKEN_TILES][4] = {};
+    // Where registers allow, the next chunk's tokens are on the way while this one's are multiplied.
+    constexpr bool AHEAD = SHAPE::BLOCKS * SHAPE::TOKEN_TILES <= 2;
     for (int chunk = warp; chunk < chunks; chunk += SHAPE::WARPS) {
-        const int next_chunk = chunk + SHAPE::WARPS < chunks ? chunk + SHAPE::WARPS : -1;
+        TokenChunk<T, SHAPE> next;
+        if (AHEAD && chunk + SHAPE::WARPS < chunks) next.load(p, chunk + SHAPE::WARPS);
+        if (!AHEAD && chunk != warp) tokens.load(p, chunk);
 #pragma unroll
         for (int tile = 0; tile < SHAPE::ROW_TILES; tile++)
             if (tile < tiles) {
@@ -259,9 +258,9 @@ __device__ __forceinline__ void linear_4bit(const Linear4bit<T>& p, const Codebo
                 __syncwarp();  // everyone's copies and scales have landed, and the slot to refill is read
                 ring.issue();
                 // STAGES - 1 are on the way, so the slot to fill next is the one that has landed.
-                multiply_stage<T, SHAPE>(ring.ring + ring.slot * SHAPE::STAGE_BYTES, table, tokens, sums[tile], p,
-                                         tile == tiles - 1 ? next_chunk : -1);
+                multiply_stage<T, SHAPE>(ring.ring + ring.slot * SHAPE::STAGE_BYTES, table, tokens, sums[tile]);
             }
+        if (AHEAD) tokens = next;
     }
     wait_copies<0>();
     __syncthreads();

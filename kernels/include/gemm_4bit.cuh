@@ -96,10 +96,8 @@ template <typename SHAPE> struct RowFragments {
             const uint2 lower_codes = *reinterpret_cast<const uint2*>(codes + (row + 8) * 32);
             upper_scale[r] = scales[row];
             lower_scale[r] = scales[row + 8];
-            table.decode(upper_codes.x, upper[r], 0);
-            table.decode(upper_codes.y, upper[r], 4);
-            table.decode(lower_codes.x, lower[r], 0);
-            table.decode(lower_codes.y, lower[r], 4);
+            table.decode(upper_codes, upper[r]);
+            table.decode(lower_codes, lower[r]);
         }
     }
 

@@ -180,10 +180,8 @@ __device__ __forceinline__ void multiply_stage(const char* stage, const PairTabl
         const uint2 upper_codes = *reinterpret_cast<const uint2*>(at);
         const uint2 lower_codes = *reinterpret_cast<const uint2*>(at + 8 * 32 * SHAPE::BLOCKS);
         uint32_t upper[8], lower[8];
-        table.decode(upper_codes.x, upper, 0);
-        table.decode(upper_codes.y, upper, 4);
-        table.decode(lower_codes.x, lower, 0);
-        table.decode(lower_codes.y, lower, 4);
+        table.decode(upper_codes, upper);
+        table.decode(lower_codes, lower);
 #pragma unroll
         for (int n = 0; n < SHAPE::TOKEN_TILES; n++) {
             const uint4 low = tokens.low[b][n], high = tokens.high[b][n];

@@ -141,10 +141,8 @@ __device__ __forceinline__ void load_tokens(const Linear4bit<T>& p, char* tokens
 __device__ __forceinline__ void decode_block(uint32_t at, const PairTable& table, uint32_t (&weights)[16]) {
     const uint2 upper_codes = load_shared_8(at), lower_codes = load_shared_8(at + 8 * 64);
     uint32_t upper[8], lower[8];
-    table.decode(upper_codes.x, upper, 0);
-    table.decode(upper_codes.y, upper, 4);
-    table.decode(lower_codes.x, lower, 0);
-    table.decode(lower_codes.y, lower, 4);
+    table.decode(upper_codes, upper);
+    table.decode(lower_codes, lower);
 #pragma unroll
     for (int step = 0; step < 4; step++) {
         weights[4 * step + 0] = upper[2 * step];

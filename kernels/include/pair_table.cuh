@@ -45,11 +45,16 @@ struct PairTable {
         return *reinterpret_cast<const uint32_t*>(entries + (offset | lane));
     }
 
-    __device__ __forceinline__ void decode(uint32_t codes, uint32_t (&pairs)[8], int first) const {
-        pairs[first + 0] = lookup<0>(codes);
-        pairs[first + 1] = lookup<1>(codes);
-        pairs[first + 2] = lookup<2>(codes);
-        pairs[first + 3] = lookup<3>(codes);
+    // The pairs of 8 bytes, in their order.
+    __device__ __forceinline__ void decode(uint2 codes, uint32_t (&pairs)[8]) const {
+        pairs[0] = lookup<0>(codes.x);
+        pairs[1] = lookup<1>(codes.x);
+        pairs[2] = lookup<2>(codes.x);
+        pairs[3] = lookup<3>(codes.x);
+        pairs[4] = lookup<0>(codes.y);
+        pairs[5] = lookup<1>(codes.y);
+        pairs[6] = lookup<2>(codes.y);
+        pairs[7] = lookup<3>(codes.y);
     }
 };
 

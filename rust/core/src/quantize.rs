@@ -190,8 +190,28 @@ pub(crate) fn scale_from_bits(top: u32) -> f32 {
 
 /// Is a largest magnitude of these bits a finite normal number, which needs no special care?
 #[inline]
-pub(crate) fn is_ordinary(top: u32) -> bool {
+fn is_ordinary(top: u32) -> bool {
     (0x0080_0000..0x7f80_0000).contains(&top)
+}
+
+/// Stores the scale of a block, of whose largest magnitude `top` are the bits, and returns its reciprocal; a block that
+/// needs special care is quantized here instead. `finite` becomes false where an element is not.
+#[inline]
+pub(crate) fn begin_block<T: Element>(
+    top: u32,
+    input: &[T],
+    book: &Codebook,
+    bytes: &mut [u8],
+    absmax: &mut f32,
+    finite: &mut bool,
+) -> Option<f32> {
+    if is_ordinary(top) {
+        *absmax = f32::from_bits(top);
+        return Some(Normalizer::new(*absmax).inverse);
+    }
+    *absmax = quantize_block(input, book, bytes);
+    *finite &= absmax.is_finite();
+    None
 }
 
 /// Multiplies by the correctly rounded reciprocal of a scale, lifting both by 2^64 where the scale is subnormal.

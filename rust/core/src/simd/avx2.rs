@@ -8,7 +8,7 @@ use half::{bf16, f16};
 use crate::codebook::{Codebook, FP4_CODE_BY_RANK, NibbleSearch, Search};
 use crate::dequantize::decode;
 use crate::float::Element;
-use crate::quantize::{Normalizer, is_ordinary, quantize_block};
+use crate::quantize::begin_block;
 
 /// What AVX2 needs to know of a float type.
 pub(super) trait Lanes: Element {
@@ -224,13 +224,11 @@ pub(super) unsafe fn encode<T: Lanes>(
         let elements = block * block_size..(block + 1) * block_size;
         // SAFETY: the lengths that the caller promises.
         let top = unsafe { top(input.as_ptr().add(elements.start), block_size) };
-        if !is_ordinary(top) {
-            *absmax = quantize_block(&input[elements.clone()], book, &mut codes[elements.start / 2..elements.end / 2]);
-            finite &= absmax.is_finite();
+        let bytes = &mut codes[elements.start / 2..elements.end / 2];
+        let Some(inverse) = begin_block(top, &input[elements.clone()], book, bytes, absmax, &mut finite) else {
             continue;
-        }
-        *absmax = f32::from_bits(top);
-        let inverse = _mm256_set1_ps(Normalizer::new(*absmax).inverse);
+        };
+        let inverse = _mm256_set1_ps(inverse);
         for element in elements.step_by(32) {
             let mut ranks = [_mm256_setzero_si256(); 4];
             for (part, ranks) in ranks.iter_mut().enumerate() {

@@ -7,7 +7,7 @@ use half::{bf16, f16};
 
 use crate::codebook::{CELL_MAGIC, CELLS_PER_UNIT, Cells, Codebook, FP4_CODE_BY_RANK, Search};
 use crate::float::Element;
-use crate::quantize::{Normalizer, is_ordinary, quantize_block};
+use crate::quantize::begin_block;
 
 /// What AVX-512 needs to know of a float type.
 pub(super) trait Lanes: Element {
@@ -348,13 +348,11 @@ unsafe fn encode_by<T: Lanes, const SIGNED_MAGNITUDE: bool>(
         let elements = block * block_size..(block + 1) * block_size;
         // SAFETY: the lengths that the caller promises.
         let top = unsafe { T::top(input.as_ptr().add(elements.start), block_size) };
-        if !is_ordinary(top) {
-            *absmax = quantize_block(&input[elements.clone()], book, &mut codes[elements.start / 2..elements.end / 2]);
-            finite &= absmax.is_finite();
+        let bytes = &mut codes[elements.start / 2..elements.end / 2];
+        let Some(inverse) = begin_block(top, &input[elements.clone()], book, bytes, absmax, &mut finite) else {
             continue;
-        }
-        *absmax = f32::from_bits(top);
-        let inverse = _mm512_set1_ps(Normalizer::new(*absmax).inverse);
+        };
+        let inverse = _mm512_set1_ps(inverse);
         for element in elements.step_by(32) {
             // SAFETY: the lengths that the caller promises.
             let halves = unsafe {

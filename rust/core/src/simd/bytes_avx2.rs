@@ -6,7 +6,7 @@ use std::arch::x86_64::*;
 use super::avx2::{Lanes, top};
 use crate::byte_search::ByteSearch;
 use crate::codebook::Codebook;
-use crate::quantize::{Normalizer, is_ordinary, quantize_block};
+use crate::quantize::begin_block;
 
 /// Quantize full blocks. Returns whether every element was finite.
 ///
@@ -27,13 +27,11 @@ pub(super) unsafe fn encode<T: Lanes>(
         let elements = block * block_size..(block + 1) * block_size;
         // SAFETY: the lengths that the caller promises.
         let top = unsafe { top(input.as_ptr().add(elements.start), block_size) };
-        if !is_ordinary(top) {
-            *absmax = quantize_block(&input[elements.clone()], book, &mut codes[elements]);
-            finite &= absmax.is_finite();
+        let bytes = &mut codes[elements.clone()];
+        let Some(inverse) = begin_block(top, &input[elements.clone()], book, bytes, absmax, &mut finite) else {
             continue;
-        }
-        *absmax = f32::from_bits(top);
-        let inverse = _mm256_set1_ps(Normalizer::new(*absmax).inverse);
+        };
+        let inverse = _mm256_set1_ps(inverse);
         for element in elements.step_by(8) {
             // SAFETY: the lengths that the caller promises.
             unsafe {

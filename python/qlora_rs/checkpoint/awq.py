@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from qlora_rs.checkpoint.foreign import VALUE_DTYPES, FolderReader, ForeignWeight, ReadStored
-from qlora_rs.checkpoint.grouped import PERIOD, GroupedWeight, unpack
+from qlora_rs.checkpoint.grouped import PERIOD, GroupedWeight, groups_in_words, unpack
 from qlora_rs.checkpoint.source import StoredTensor
 
 METHOD = "awq"
@@ -62,14 +62,13 @@ def _read_weight(reader: FolderReader, base: str, parts: dict[str, StoredTensor]
     what = f"4 bits of [{rows}, {columns}] in groups of {size}"
     reader.expect(scales, tuple(VALUE_DTYPES), (groups, rows), what)
     reader.expect(qzeros, ("I32",), (groups, rows // 8), what)
-    grouped = "one group a row" if groups == 1 else f"groups of {size}"
     return AwqWeight(
         name=f"{base}.weight",
         shape=(rows, columns),
         dtype=scales.dtype,
         parts=parts,
         kind="int4",
-        scheme=f"4 bits, {grouped}, gemm",
+        scheme=f"4 bits, {groups_in_words(groups, size)}, gemm",
         row_step=PERIOD,
         source=reader.source,
         bits=4,

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from qlora_rs.checkpoint.foreign import VALUE_DTYPES, FolderReader, ForeignWeight, ReadStored, tensor_error
-from qlora_rs.checkpoint.grouped import PERIOD, GroupedWeight, unpack, words_of
+from qlora_rs.checkpoint.grouped import PERIOD, GroupedWeight, groups_in_words, unpack, words_of
 from qlora_rs.checkpoint.source import StoredTensor
 
 METHOD = "compressed-tensors"
@@ -147,14 +147,14 @@ def _read_weight(
     if "weight_g_idx" in parts:
         reader.expect(parts["weight_g_idx"], ("I32", "I64"), (columns,), what)
     order = ", act-order" if "weight_g_idx" in parts else ""
-    grouped = "one group a row" if groups == 1 else f"groups of {size}"
+    kind = "symmetric" if symmetric else "asymmetric"
     return CompressedWeight(
         name=f"{base}.weight",
         shape=(rows, columns),
         dtype=scale.dtype,
         parts=parts,
         kind=f"int{scheme.bits}",
-        scheme=f"{scheme.bits} bits, {grouped}, {'symmetric' if symmetric else 'asymmetric'}{order}",
+        scheme=f"{scheme.bits} bits, {groups_in_words(groups, size)}, {kind}{order}",
         row_step=PERIOD,
         source=reader.source,
         bits=scheme.bits,

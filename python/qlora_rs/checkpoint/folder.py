@@ -22,15 +22,13 @@ def resolve_destination(source: Path, destination: Path, overwrite: bool) -> Pat
         FileExistsError: it exists, and may not be replaced.
         UnsupportedError: it lies in the source, or around it, or is no model folder.
     """
-    real, real_source = Path(os.path.realpath(destination)), Path(os.path.realpath(source))
-    if real == real_source or real_source in real.parents:
-        raise UnsupportedError(f"{destination} lies in the source {source}, which is only read: choose another")
-    if real in real_source.parents:
+    real = resolve_outside(source, destination)
+    if real in Path(os.path.realpath(source)).parents:
         raise UnsupportedError(f"{destination} contains the source {source}: choose another")
     if not os.path.lexists(real):
         return real
     if not overwrite:
-        raise FileExistsError(errno.EEXIST, "exists already; --overwrite replaces it", str(destination))
+        raise exists_already(destination)
     if not real.is_dir():
         raise NotADirectoryError(errno.ENOTDIR, "is no folder, so it is not replaced", str(destination))
     names = os.listdir(real)
@@ -39,6 +37,23 @@ def resolve_destination(source: Path, destination: Path, overwrite: bool) -> Pat
             f"{destination} holds no model, so --overwrite does not replace it: remove it, or choose another"
         )
     return real
+
+
+def resolve_outside(source: Path, destination: Path) -> Path:
+    """The real path of an output.
+
+    Raises:
+        UnsupportedError: it is the source, or lies in it.
+    """
+    real, real_source = Path(os.path.realpath(destination)), Path(os.path.realpath(source))
+    if real == real_source or real_source in real.parents:
+        raise UnsupportedError(f"{destination} lies in the source {source}, which is only read: choose another")
+    return real
+
+
+def exists_already(destination: Path) -> FileExistsError:
+    """The error of an output that may not be replaced."""
+    return FileExistsError(errno.EEXIST, "exists already; --overwrite replaces it", str(destination))
 
 
 def require_space(destination: Path, needed: int) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from qlora_rs.checkpoint.foreign import VALUE_DTYPES, FolderReader, ForeignWeight, ReadStored
-from qlora_rs.checkpoint.grouped import PERIOD, GroupedWeight, unpack, words_of
+from qlora_rs.checkpoint.grouped import PERIOD, GroupedWeight, groups_in_words, unpack, words_of
 from qlora_rs.checkpoint.source import StoredTensor
 
 METHOD = "gptq"
@@ -99,8 +99,7 @@ def _read_weight(
         raise reader.error(scales, f"has {groups} groups; {columns} columns in groups of {size} are {expected}")
     order = ", act-order" if reader.config.get("desc_act") else ""
     kind = "symmetric" if reader.config.get("sym", True) else "asymmetric"
-    grouped = "one group a row" if groups == 1 else f"groups of {size}"
-    scheme = f"{bits} bits, {grouped}, {kind}{order}, version {version}"
+    scheme = f"{bits} bits, {groups_in_words(groups, size)}, {kind}{order}, version {version}"
     return GptqWeight(
         name=f"{base}.weight",
         shape=(rows, columns),

@@ -103,3 +103,8 @@ def unpack(words: Tensor, bits: int, count: int) -> Tensor:
 def words_of(codes: int, bits: int) -> int:
     """32-bit words that so many codes take."""
     return -(-codes * bits // 32)
+
+
+def groups_in_words(groups: int, size: int) -> str:
+    """How a row's columns are grouped, for `ForeignWeight.scheme`."""
+    return "one group a row" if groups == 1 else f"groups of {size}"

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from qlora_rs.checkpoint.choice import FLOAT_DTYPES
-from qlora_rs.checkpoint.folder import naming, replacing, require_space
+from qlora_rs.checkpoint.folder import exists_already, naming, replacing, require_space, resolve_outside
 from qlora_rs.checkpoint.gguf_names import ARCHITECTURE, ROPE_FACTORS, rotated_heads, tensor_names, to_interleaved
 from qlora_rs.checkpoint.gguf_rope import llama3_factors, rope_parameters
 from qlora_rs.checkpoint.gguf_tokenizer import add_tokenizer
@@ -330,9 +330,7 @@ def resolve_file(source: Path, destination: Path, overwrite: bool) -> Path:
         FileExistsError: it exists, and may not be replaced.
         UnsupportedError: it lies in the source, is a folder, or is no GGUF file.
     """
-    real, real_source = Path(os.path.realpath(destination)), Path(os.path.realpath(source))
-    if real == real_source or real_source in real.parents:
-        raise UnsupportedError(f"{destination} lies in the source {source}, which is only read: choose another")
+    real = resolve_outside(source, destination)
     if not os.path.lexists(real):
         return real
     if real.is_dir():
@@ -340,7 +338,7 @@ def resolve_file(source: Path, destination: Path, overwrite: bool) -> Path:
             f"{destination} is a folder; GGUF is one file: name it, e.g. {destination / 'model.gguf'}"
         )
     if not overwrite:
-        raise FileExistsError(17, "exists already; --overwrite replaces it", str(destination))
+        raise exists_already(destination)
     if not real.is_file() or not is_gguf(real):
         raise UnsupportedError(f"{destination} is no GGUF file, so --overwrite does not replace it")
     return real

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from qlora_rs.cli import output
+from qlora_rs.cli.arguments import Arithmetic, MaxTokens, ResultAsJson, TextFile, Window
 
 if TYPE_CHECKING:
     from qlora_rs.eval import TypeComparison
@@ -17,7 +18,7 @@ def compare_types(
     model: Annotated[
         Path, typer.Argument(metavar="MODEL", help="Model folder in 16 or 32 bits; only read.", show_default=False)
     ],
-    text: Annotated[Path, typer.Argument(metavar="TEXT", help="Text file, UTF-8.", show_default=False)],
+    text: TextFile,
     types: Annotated[
         list[str] | None,
         typer.Option(
@@ -28,21 +29,14 @@ def compare_types(
         ),
     ] = None,
     block_size: Annotated[int, typer.Option(help="Weights that share a scale: 32, 64, 128, ... 4096.")] = 64,
-    window: Annotated[
-        int, typer.Option(min=2, help="Tokens per window; figures of different windows do not compare.")
-    ] = 512,
-    max_tokens: Annotated[
-        int | None, typer.Option(min=2, help="Only the first tokens of the text.", show_default="all")
-    ] = None,
-    dtype: Annotated[
-        str,
-        typer.Option(help="Arithmetic: float32, bfloat16, or auto (bfloat16 where the processor is fast at it)."),
-    ] = "auto",
+    window: Window = 512,
+    max_tokens: MaxTokens = None,
+    dtype: Arithmetic = "auto",
     plot: Annotated[
         Path | None,
         typer.Option("--plot", metavar="FILE.png", help="Draw it too; an earlier file is replaced."),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result as one JSON document.")] = False,
+    as_json: ResultAsJson = False,
 ) -> None:
     """Measure what each data type costs: perplexity on a text against bits per parameter.
 
@@ -56,7 +50,13 @@ def compare_types(
         qlora-rs compare-types Llama-3.2-1B article.txt --type nf4+dq --type int4 --block-size 32 --json
     """
     from qlora_rs import eval as evaluation
-    from qlora_rs.cli.loading import load_tokenizer, quiet_transformers, read_text, warnings_as_messages
+    from qlora_rs.cli.loading import (
+        load_tokenizer,
+        quiet_transformers,
+        read_text,
+        text_tokens,
+        warnings_as_messages,
+    )
     from qlora_rs.eval.types import DEFAULT_TYPES, parse_type
 
     wanted = types or list(DEFAULT_TYPES)
@@ -72,9 +72,7 @@ def compare_types(
     content = read_text(text)
     with warnings_as_messages():
         tokenizer = load_tokenizer(quiet_transformers("running a model"), model)
-        tokens = tokenizer(content).input_ids[:max_tokens]
-        if len(tokens) < 2:
-            raise ValueError(f"{text}: gives {len(tokens)} token(s); at least 2 are needed")
+        tokens = text_tokens(tokenizer, content, text, max_tokens)
         with output.progress_tokens("evaluating") as progress:
             result = evaluation.compare_types(
                 model, tokens, wanted, block_size=block_size, window=window, dtype=dtype, progress=progress

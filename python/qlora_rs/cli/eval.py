@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from qlora_rs.cli import output
+from qlora_rs.cli.arguments import Arithmetic, MaxTokens, ResultAsJson, TextFile, Window
 
 
 def evaluate(
@@ -16,21 +17,14 @@ def evaluate(
         Path,
         typer.Argument(metavar="MODEL", help="Model folder, packed or not (then used as it is).", show_default=False),
     ],
-    text: Annotated[Path, typer.Argument(metavar="TEXT", help="Text file, UTF-8.", show_default=False)],
+    text: TextFile,
     adapter: Annotated[
         Path | None, typer.Option("--adapter", metavar="DIR", help="Adapter folder to put on the model.")
     ] = None,
-    window: Annotated[
-        int, typer.Option(min=2, help="Tokens per window; figures of different windows do not compare.")
-    ] = 512,
-    max_tokens: Annotated[
-        int | None, typer.Option(min=2, help="Only the first tokens of the text.", show_default="all")
-    ] = None,
-    dtype: Annotated[
-        str,
-        typer.Option(help="Arithmetic: float32, bfloat16, or auto (bfloat16 where the processor is fast at it)."),
-    ] = "auto",
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result as one JSON document.")] = False,
+    window: Window = 512,
+    max_tokens: MaxTokens = None,
+    dtype: Arithmetic = "auto",
+    as_json: ResultAsJson = False,
 ) -> None:
     """Measure the perplexity of a model on a text.
 
@@ -44,14 +38,12 @@ def evaluate(
 
         qlora-rs eval Llama-3.2-1B-nf4 article.txt --adapter adapter --max-tokens 4096 --json
     """
-    from qlora_rs.cli.loading import load_model, read_text
+    from qlora_rs.cli.loading import load_model, read_text, text_tokens
     from qlora_rs.eval import perplexity
 
     content = read_text(text)
     loaded = load_model(model, adapter, dtype)
-    tokens = loaded.tokenizer(content).input_ids[:max_tokens]
-    if len(tokens) < 2:
-        raise ValueError(f"{text}: gives {len(tokens)} token(s); at least 2 are needed")
+    tokens = text_tokens(loaded.tokenizer, content, text, max_tokens)
     started = time.monotonic()
     with output.progress_tokens("evaluating") as progress:
         result = perplexity(loaded.model, tokens, window=window, progress=progress)

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from qlora_rs.cli import output
+from qlora_rs.cli.arguments import Arithmetic
 
 
 def generate(
@@ -34,10 +35,7 @@ def generate(
     no_chat_template: Annotated[
         bool, typer.Option("--no-chat-template", help="Continue the prompt as plain text.")
     ] = False,
-    dtype: Annotated[
-        str,
-        typer.Option(help="Arithmetic: float32, bfloat16, or auto (bfloat16 where the processor is fast at it)."),
-    ] = "auto",
+    dtype: Arithmetic = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print text and counts as one JSON document.")] = False,
 ) -> None:
     """Answer a prompt through the model's chat template.

@@ -93,6 +93,18 @@ def read_text(path: Path) -> str:
     return content
 
 
+def text_tokens(tokenizer: Any, content: str, path: Path, most: int | None) -> list[int]:
+    """The first tokens of a text that was read from ``path``, at least two.
+
+    Raises:
+        ValueError: there are fewer.
+    """
+    tokens: list[int] = tokenizer(content).input_ids[:most]
+    if len(tokens) < 2:
+        raise ValueError(f"{path}: gives {len(tokens)} token(s); at least 2 are needed")
+    return tokens
+
+
 def quiet_transformers(purpose: str) -> ModuleType:
     """The package, without its own progress bars and log lines: a command's stderr is for what the user should know.
 

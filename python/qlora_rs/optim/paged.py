@@ -14,7 +14,7 @@ from qlora_rs import _bridge
 from qlora_rs._bridge import StateArray, Update
 from qlora_rs.optim.base import StateOptimizer, Work
 from qlora_rs.optim.rules import StateKind
-from qlora_rs.paging import PagedBuffer, PagedPool
+from qlora_rs.pool import PagedBuffer, PagedPool
 
 _BLOCK = 256  # elements that share a scale: runs begin at multiples of it
 _ALIGNMENT = 64  # bytes

@@ -1,0 +1,7 @@
+"""Device memory under a budget: what is in use is on the device, the rest waits on the host. See docs/paging.md."""
+
+from __future__ import annotations
+
+from qlora_rs.pool import PagedBuffer, PagedPool, PoolStats
+
+__all__ = ["PagedBuffer", "PagedPool", "PoolStats"]

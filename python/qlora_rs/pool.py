@@ -54,7 +54,8 @@ class PoolStats:
         bytes_in: bytes copied from the host.
         bytes_out: bytes copied to the host.
         trace_breaks: how often the learned order of uses turned out to be another.
-        trace_period: uses after which the order repeats; None while it is unknown.
+        trace_period: uses after which the order repeats, several of one buffer in a row being one; None while it is
+            unknown.
         stall_seconds: how long computing has waited for copies.
     """
 

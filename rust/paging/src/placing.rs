@@ -106,9 +106,11 @@ impl<B: Backend> Pool<B> {
     fn movable(&self, id: BufferId, rule: Rule<'_>, own_use: Option<usize>) -> Option<usize> {
         let buffer = self.buffers.get(&id).filter(|buffer| !buffer.is_held())?;
         let next_use = self.next_use(id, buffer.last_use);
+        // What was used last may be used on: the order does not tell how often in a row.
+        let current = self.trace.last() == Some(id);
         let stays = match rule {
             Rule::Demand => false,
-            Rule::Ahead(ahead) => next_use <= ahead,
+            Rule::Ahead(ahead) => current || next_use <= ahead,
             Rule::Wish(before) => before.contains(&id) || own_use.is_some_and(|own| next_use <= own),
         };
         (!stays).then_some(next_use)

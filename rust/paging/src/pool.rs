@@ -166,7 +166,8 @@ impl<B: Backend> Pool<B> {
         }
         let resident = buffer.is_resident();
         self.clock += 1;
-        if self.policy == Policy::Trace {
+        // Uses in a row are one: a layer's products, each of which acquires its weights, must not fill the view ahead.
+        if self.policy == Policy::Trace && self.trace.last() != Some(id) {
             self.trace.record(id);
         }
         if resident {

@@ -52,6 +52,11 @@ impl Trace {
         self.of.remove(&id);
     }
 
+    /// What was used last.
+    pub(crate) fn last(&self) -> Option<BufferId> {
+        self.uses.back().copied()
+    }
+
     /// Uses after which the order repeats, while it is known.
     pub(crate) fn period(&self) -> Option<usize> {
         self.period

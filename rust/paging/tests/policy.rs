@@ -94,6 +94,20 @@ fn steps_move_little_more_than_the_least_possible_whatever_the_sizes() {
 }
 
 #[test]
+fn uses_in_a_row_move_what_one_use_moves() {
+    let play_with = |in_a_row: usize| {
+        let mut pool = pool(23, Policy::Trace);
+        let ids = create(&mut pool, &[7; 9]);
+        let order: Vec<_> = forward_backward(&ids).iter().flat_map(|&id| vec![id; in_a_row]).collect();
+        play(&mut pool, &order.repeat(3), Mode::Read);
+        let step = play(&mut pool, &order.repeat(4), Mode::Read);
+        (step.bytes_in, step.misses, step.trace_period)
+    };
+    assert_eq!(play_with(7), play_with(1));
+    assert_eq!(play_with(7).1, 0);
+}
+
+#[test]
 fn only_what_was_written_is_copied_back() {
     let mut pool = pool(4, Policy::Trace);
     let ids = create(&mut pool, &[2; 5]);

@@ -35,7 +35,7 @@ LAYERS = (
     {"_bridge"},
     {"ops"},
     {"direct", "pool", "quantization"},
-    {"optim"},
+    {"optim", "paged_product"},
     {"linear"},
     {"selection"},
     {"checkpoint"},

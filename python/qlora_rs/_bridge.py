@@ -124,6 +124,10 @@ class DeviceWeight:
 
     It stands for the memory that its tensors had when it was made, and does not keep them alive: `holds` tells whether
     they are still the same.
+
+    Attributes:
+        moves: copies on other streams bring it to this memory, and it goes again: each launch has to wait for what is
+            before it on its stream, which waits for the copy.
     """
 
     __slots__ = (
@@ -134,6 +138,7 @@ class DeviceWeight:
         "_most_fused_tokens",
         "_settled",
         "device",
+        "moves",
         "shape",
         "versions",
     )
@@ -158,6 +163,7 @@ class DeviceWeight:
         )
         self.versions = _versions(parts)
         self._settled = False
+        self.moves = False
         self.shape = (*codes.shape[:-1], columns)
         self.device = codes.device
         self._core = _core.DeviceWeight(
@@ -231,7 +237,7 @@ class DeviceWeight:
         )
         # From now on a launch may fetch the weight while the kernel before it still runs: whatever wrote the weight has
         # ended by then. Where versions are not counted, nobody would notice that it is written again.
-        self._settled = self.versions is not None
+        self._settled = self.versions is not None and not self.moves
         return y
 
     def _operand(self, name: str, tensor: Tensor, alignment: int) -> Tensor:

@@ -22,12 +22,12 @@ from qlora_rs.spec import QuantSpec
 Parts = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
 
 _PLAIN = (Tensor, torch.nn.Parameter)
-_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def applies(x: Tensor) -> bool:
     """May a product with x skip the dispatcher?"""
-    return x.is_cuda and x.dtype in _DTYPES and unwatched(x)
+    return x.is_cuda and x.dtype in DTYPES and unwatched(x)
 
 
 def unwatched(tensor: Tensor) -> bool:
@@ -57,6 +57,18 @@ def device_weight(packed: PackedTensor) -> DeviceWeight:
         weight = ops.device_weight(*parts, packed.shape[-1], packed.spec)
         object.__setattr__(packed, "_device_weight", weight)  # beside the frozen fields
     return weight
+
+
+def product_with_adapter(
+    weight: DeviceWeight, x: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scaling: float
+) -> Tensor | None:
+    """x W^T + b and ``scaling x A^T B^T`` in one kernel; None where there is none. Nothing is recorded."""
+    columns = weight.shape[-1]
+    if x.ndim == 0 or x.shape[-1] != columns or not weight.fuses(x.numel() // max(1, columns), x.dtype):
+        return None
+    bias = None if bias is None else bias.to(x.dtype)
+    xa = torch.nn.functional.linear(x, a.to(x.dtype))
+    return weight.linear(x, bias, (xa, b.to(x.dtype), scaling))
 
 
 class FrozenProduct:
@@ -97,15 +109,9 @@ class FrozenProduct:
     def with_adapter(
         self, x: Tensor, parts: Parts, bias: Tensor | None, a: Tensor, b: Tensor, scaling: float
     ) -> Tensor | None:
-        """The product and ``scaling x A^T B^T`` in one kernel; None where there is none. Nothing is recorded."""
+        """`product_with_adapter` over the weight of these parameters; None where there is none."""
         weight = self.weight(parts)
-        if weight is None or x.ndim == 0 or x.shape[-1] != self.columns:
-            return None
-        if not weight.fuses(x.numel() // max(1, self.columns), x.dtype):
-            return None
-        bias = None if bias is None else bias.to(x.dtype)
-        xa = torch.nn.functional.linear(x, a.to(x.dtype))
-        return weight.linear(x, bias, (xa, b.to(x.dtype), scaling))
+        return None if weight is None else product_with_adapter(weight, x, bias, a, b, scaling)
 
 
 class _Recorded(torch.autograd.Function):

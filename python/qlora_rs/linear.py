@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -9,8 +10,11 @@ from torch import Tensor, nn
 
 from qlora_rs import direct
 from qlora_rs.packed import FLOAT_DTYPES, PackedShapes, PackedTensor
+from qlora_rs.paged_product import PagedProduct
 from qlora_rs.quantization import dequantize, quantize
 from qlora_rs.spec import QuantSpec
+
+_PACKED = ("weight", "weight_absmax", "weight_absmax_scale", "weight_absmax_offset")
 
 
 class Linear4bit(nn.Linear):
@@ -25,6 +29,10 @@ class Linear4bit(nn.Linear):
     Gradients reach x and the bias, never the weight; the backward pass dequantizes again, so only packed tensors
     are kept between forward and backward.
 
+    While it is paged (`qlora_rs.paging.page_weights`), the packed parameters are CPU tensors in the memory of the pool,
+    which brings them to the device for each product. Moving the module moves its bias only; a copy is an ordinary layer
+    in ordinary memory; loading a state dict replaces what the pool holds. They must not be written to in place.
+
     Args:
         in_features: length of a row of W.
         out_features: number of rows of W.
@@ -33,6 +41,8 @@ class Linear4bit(nn.Linear):
         float_dtype: what was quantized, and the default of `dequantize`.
         device: where the (uninitialised) parameters are made; ``"meta"`` makes shapes only.
     """
+
+    paged: PagedProduct | None = None
 
     def __init__(
         self,
@@ -120,7 +130,10 @@ class Linear4bit(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """x of shape (..., in), float32, bfloat16 or float16 (under autocast its type) -> (..., out) in that type."""
-        parts = self._parts()
+        parts = self.parts()
+        paged = self.paged
+        if paged is not None and paged.holds(parts):
+            return paged(x, self.bias)
         if direct.applies(x):
             product = self._product(x, parts, self.bias)
             if product is not None:
@@ -143,14 +156,63 @@ class Linear4bit(nn.Linear):
         """
         if torch.is_grad_enabled() or torch.is_autocast_enabled("cuda") or not direct.applies(x):
             return None
-        return self._product.with_adapter(x, self._parts(), self.bias, a, b, scaling)
+        parts, paged = self.parts(), self.paged
+        if paged is not None and paged.holds(parts):
+            return paged.with_adapter(x, self.bias, a, b, scaling)
+        return self._product.with_adapter(x, parts, self.bias, a, b, scaling)
 
-    def _parts(self) -> direct.Parts:
+    @property
+    def compute_device(self) -> torch.device:
+        """Where products are made: a paged weight comes to the pool's device, any other one stays where it is."""
+        return self.weight.device if self.paged is None else self.paged.device
+
+    def page(self, paged: PagedProduct | None, device: torch.device | None = None) -> None:
+        """Let the weight live in a pool, which holds a copy of it; None: copy it out into memory of ``device``."""
+        for name, part in zip(_PACKED, self.parts() if paged is None else paged.parts, strict=True):
+            if part is not None and paged is None:
+                part = _frozen(part.detach().to(device or part.device, copy=True))
+            assert part is None or isinstance(part, nn.Parameter)
+            self._parameters[name] = part
+        self.paged = paged
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Linear4bit:
+        """Moves and casts leave what is paged where it is."""
+        if self.paged is None:
+            super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+            return self
+        bias = self._parameters["bias"]
+        packed = self._parameters
+        self._parameters = {"bias": bias}
+        try:
+            super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        finally:
+            bias, self._parameters = self._parameters["bias"], packed
+            self._parameters["bias"] = bias
+        return self
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """Loading writes to parameters in place: copies take it, and then the pool what is new."""
+        paged = self.paged
+        if paged is None:
+            super()._load_from_state_dict(state_dict, prefix, *args)
+            return
+        self.page(None)
+        try:
+            super()._load_from_state_dict(state_dict, prefix, *args)
+            loaded = self.parts()
+            pairs = zip(loaded, paged.parts, strict=True)
+            if any(new is not None and old is not None and not torch.equal(new.cpu(), old) for new, old in pairs):
+                paged.write(loaded)
+        finally:
+            self.page(paged)
+
+    def parts(self) -> direct.Parts:
+        """The packed parameters: codes, absmax, and of a doubly quantized weight its scales and offset."""
         return self.weight, self.weight_absmax, self.weight_absmax_scale, self.weight_absmax_offset
 
     def __getstate__(self) -> dict[str, Any]:
-        """Copies and pickles look their memory up anew."""
-        return {**self.__dict__, "_product": direct.FrozenProduct(self.in_features, self.spec)}
+        """Copies and pickles look their memory up anew, and are not paged."""
+        return {**self.__dict__, "_product": direct.FrozenProduct(self.in_features, self.spec), "paged": None}
 
     def reset_parameters(self) -> None:
         """Nothing to draw: a packed weight is loaded or quantized, never initialised."""

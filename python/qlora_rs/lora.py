@@ -96,7 +96,7 @@ class LoraLinear(nn.Module):
         self.lora_dropout = lora_dropout
         self.use_rslora = use_rslora
         self.enabled = True
-        device = base_layer.weight.device
+        device = getattr(base_layer, "compute_device", base_layer.weight.device)
         self.lora_A = nn.Parameter(torch.empty(r, base_layer.in_features, dtype=torch.float32, device=device))
         self.lora_B = nn.Parameter(torch.zeros(base_layer.out_features, r, dtype=torch.float32, device=device))
         if generator is None or device.type == "meta":

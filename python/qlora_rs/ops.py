@@ -224,13 +224,21 @@ def _device_weight(codes: Tensor, absmax: Tensor, scale: Tensor | None, offset: 
 
 
 def device_weight(
-    codes: Tensor, absmax: Tensor, scale: Tensor | None, offset: Tensor | None, columns: int, spec: QuantSpec
+    codes: Tensor,
+    absmax: Tensor,
+    scale: Tensor | None,
+    offset: Tensor | None,
+    columns: int,
+    spec: QuantSpec,
+    *,
+    moves: bool = False,
 ) -> _bridge.DeviceWeight:
-    """A packed weight on a CUDA device, its parts checked, for `device_linear`."""
+    """A packed weight on a CUDA device, its parts checked, for `device_linear`; ``moves``: copies bring it there."""
     codebook = None if spec.codebook is None else list(spec.codebook)
     weight: _bridge.DeviceWeight = _device_weight(
         codes, absmax, scale, offset, columns, spec.quant_type, spec.block_size, codebook
     )
+    weight.moves = moves
     return weight
 
 

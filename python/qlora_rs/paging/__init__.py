@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from qlora_rs.paging.weights import PagedWeights, page_weights
 from qlora_rs.pool import PagedBuffer, PagedPool, PoolStats
 
-__all__ = ["PagedBuffer", "PagedPool", "PoolStats"]
+__all__ = ["PagedBuffer", "PagedPool", "PagedWeights", "PoolStats", "page_weights"]

@@ -24,42 +24,62 @@ struct ThresholdTree {
     float nodes[256];
 };
 
-// The scales of a group, a lane every 32nd; zeros beyond the last.
-__device__ __forceinline__ void load_group(const float* __restrict__ absmax, int64_t blocks, int64_t group,
-                                           float (&values)[RUN / 32]) {
+// Which scale of its group a lane holds as its i-th: every 32nd, or RUN / 32 in a row, where a whole group is read and written
+// in wide words.
+template <bool WIDE> __device__ __forceinline__ int place(int i) {
+    const int lane = threadIdx.x % 32;
+    return WIDE ? lane * (RUN / 32) + i : i * 32 + lane;
+}
+
+// The `size` scales of a group; zeros beyond the last.
+template <bool WIDE>
+__device__ __forceinline__ void load_group(const float* __restrict__ group, int size, float (&values)[RUN / 32]) {
+    if (WIDE) {
+        const float4* words = reinterpret_cast<const float4*>(group + place<true>(0));
+        const float4 low = __ldcg(words), high = __ldcg(words + 1);
+        values[0] = low.x, values[1] = low.y, values[2] = low.z, values[3] = low.w;
+        values[4] = high.x, values[5] = high.y, values[6] = high.z, values[7] = high.w;
+    } else {
 #pragma unroll
-    for (int i = 0; i < RUN / 32; i++) {
-        const int64_t at = group * RUN + i * 32 + threadIdx.x % 32;
-        values[i] = at < blocks ? __ldcg(absmax + at) : 0.f;
+        for (int i = 0; i < RUN / 32; i++) values[i] = place<false>(i) < size ? __ldcg(group + place<false>(i)) : 0.f;
     }
 }
 
 // The whole CTA: the mean of the scales whose runs these are; levels above the first alternate between two halves of
 // `upper`, which has room for them all (`upper_size` of the launcher).
 __device__ __forceinline__ float finish_mean(const double* __restrict__ sums, const int* __restrict__ absent,
-                                             int64_t blocks, int64_t runs, double* upper, int64_t upper_size) {
+                                             int64_t blocks, int runs, double* upper, int upper_size) {
     __shared__ double staged[WARPS][RUN];
     __shared__ unsigned long long missing;
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     if (threadIdx.x == 0) missing = 0;
     __syncthreads();
-    double* level = upper + upper_size;  // what is below the next level, once that is not the runs
+    const double* level = upper + upper_size;  // what is below the next level, once that is not the runs
     double* next = upper;
-    int64_t left = runs;
+    int left = runs;
     do {
-        const int64_t above = (left + RUN - 1) / RUN;
-        for (int64_t run = warp; run < above; run += WARPS) {
+        const int above = (left + RUN - 1) / RUN;
+        for (int run = warp; run < above; run += WARPS) {
             double values[RUN / 32];
+            // All on the way before the first is looked at.
 #pragma unroll
             for (int i = 0; i < RUN / 32; i++) {
-                const int64_t at = run * RUN + i * 32 + lane;
-                values[i] = at >= left ? 0.0 : left == runs ? __ldcg(sums + at) : level[at];
-                if (signbit(values[i])) {  // only runs
-                    atomicAdd(&missing, static_cast<unsigned long long>(__ldcg(absent + at)));
+                const int at = run * RUN + i * 32 + lane;
+                values[i] = 0.0;
+                if (at < left) values[i] = left == runs ? __ldcg(sums + at) : level[at];
+            }
+            bool lacking = false;  // only runs
+#pragma unroll
+            for (int i = 0; i < RUN / 32; i++) lacking |= signbit(values[i]);
+            if (__any_sync(WHOLE_WARP, lacking)) {
+                for (int i = 0; i < RUN / 32; i++) {
+                    if (!signbit(values[i])) continue;
+                    atomicAdd(&missing, static_cast<unsigned long long>(__ldcg(absent + run * RUN + i * 32 + lane)));
                     values[i] = -values[i];
                 }
-                staged[warp][i * 32 + lane] = values[i];
             }
+#pragma unroll
+            for (int i = 0; i < RUN / 32; i++) staged[warp][i * 32 + lane] = values[i];
             __syncwarp();
             const double sum = sum_of_run(values, staged[warp]);
             if (lane == 0) next[run] = sum;
@@ -75,17 +95,17 @@ __device__ __forceinline__ float finish_mean(const double* __restrict__ sums, co
 }
 
 // A warp: codes and scale of a group.
+template <bool WIDE>
 __device__ __forceinline__ void encode_group(const float (&values)[RUN / 32], uint8_t* __restrict__ codes,
                                              float* __restrict__ group_scale, int size, float centre,
                                              const float* bounds) {
-    const int lane = threadIdx.x % 32;
     float centred[RUN / 32];
     uint32_t top = 0;
     bool finite = true;
 #pragma unroll
     for (int i = 0; i < RUN / 32; i++) {
         finite &= is_finite(values[i]);
-        centred[i] = i * 32 + lane < size ? __fsub_rn(values[i], centre) : 0.f;
+        centred[i] = WIDE || place<WIDE>(i) < size ? __fsub_rn(values[i], centre) : 0.f;
         top = max(top, magnitude(centred[i]));
     }
     top = warp_max(static_cast<int>(top));  // a magnitude has no sign bit
@@ -95,19 +115,28 @@ __device__ __forceinline__ void encode_group(const float (&values)[RUN / 32], ui
     const float inverse = __frcp_rn(__fmul_rn(scale, lift));
     int node[RUN / 32];
 #pragma unroll
-    for (int i = 0; i < RUN / 32; i++) node[i] = 1;
+    for (int i = 0; i < RUN / 32; i++) {
+        centred[i] = __fmul_rn(__fmul_rn(centred[i], lift), inverse);
+        node[i] = 1;
+    }
     // Level by level, so that the look-ups of all values are on the way together.
 #pragma unroll
     for (int level = 0; level < 8; level++)
 #pragma unroll
-        for (int i = 0; i < RUN / 32; i++)
-            node[i] = 2 * node[i] + (__fmul_rn(__fmul_rn(centred[i], lift), inverse) > bounds[node[i]]);
+        for (int i = 0; i < RUN / 32; i++) node[i] = 2 * node[i] + (centred[i] > bounds[node[i]]);
+    const bool coded = finite && top != 0;
 #pragma unroll
-    for (int i = 0; i < RUN / 32; i++) {
-        const int at = i * 32 + lane;
-        if (at < size) codes[at] = finite && top != 0 ? static_cast<uint8_t>(node[i] - 256) : ZERO_CODE;
+    for (int i = 0; i < RUN / 32; i++) node[i] = coded ? node[i] - 256 : ZERO_CODE;
+    if (WIDE) {
+        const uint2 word = make_uint2(node[0] | node[1] << 8 | node[2] << 16 | node[3] << 24,
+                                      node[4] | node[5] << 8 | node[6] << 16 | node[7] << 24);
+        *reinterpret_cast<uint2*>(codes + place<true>(0)) = word;
+    } else {
+#pragma unroll
+        for (int i = 0; i < RUN / 32; i++)
+            if (place<false>(i) < size) codes[place<false>(i)] = static_cast<uint8_t>(node[i]);
     }
-    if (lane == 0) *group_scale = finite ? scale : canonical_nan<float>();
+    if (threadIdx.x % 32 == 0) *group_scale = finite ? scale : canonical_nan<float>();
 }
 
 extern "C" __global__ void __launch_bounds__(WARPS * 32)
@@ -120,7 +149,8 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32)
     const int64_t run = static_cast<int64_t>(blockIdx.x) * WARPS + warp;
     if (run >= runs) return;
     float scales[RUN / 32];
-    load_group(absmax + blockIdx.y * blocks, blocks, run, scales);
+    load_group<false>(absmax + blockIdx.y * blocks + run * RUN,
+                      static_cast<int>(min(blocks - run * RUN, static_cast<int64_t>(RUN))), scales);
 #pragma unroll
     for (int i = 0; i < RUN / 32; i++) staged[warp][i * 32 + lane] = scales[i];
     __syncwarp();
@@ -131,26 +161,39 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32)
 extern "C" __global__ void __launch_bounds__(WARPS * 32)
     double_quantize_codes(const float* __restrict__ absmax, const double* __restrict__ sums,
                           const int* __restrict__ absent, uint8_t* __restrict__ codes, float* __restrict__ group_scale,
-                          float* __restrict__ offset, int64_t blocks, int64_t upper_size, ThresholdTree thresholds) {
+                          float* __restrict__ offset, int64_t blocks, int upper_size,
+                          const __grid_constant__ ThresholdTree thresholds) {
     extern __shared__ double upper[];
     __shared__ float bounds[256];
     for (int i = threadIdx.x; i < 256; i += blockDim.x) bounds[i] = thresholds.nodes[i];
-    const int64_t runs = (blocks + RUN - 1) / RUN;
+    const int runs = static_cast<int>((blocks + RUN - 1) / RUN);
     absmax += blockIdx.y * blocks;
     codes += blockIdx.y * blocks;
-    group_scale += blockIdx.y * runs;
-    const int64_t first = static_cast<int64_t>(blockIdx.x) * WARPS + threadIdx.x / 32;
-    const int64_t step = static_cast<int64_t>(gridDim.x) * WARPS;
+    group_scale += static_cast<int64_t>(blockIdx.y) * runs;
+    sums += static_cast<int64_t>(blockIdx.y) * runs;
+    absent += static_cast<int64_t>(blockIdx.y) * runs;
+    const bool wide = reinterpret_cast<uintptr_t>(absmax) % 16 == 0 && reinterpret_cast<uintptr_t>(codes) % 8 == 0;
+    const int whole = wide ? static_cast<int>(blocks / RUN) : 0;
+    const int first = blockIdx.x * WARPS + threadIdx.x / 32;
+    const int step = gridDim.x * WARPS;
+    const auto size_of = [&](int group) {
+        return static_cast<int>(min(blocks - static_cast<int64_t>(group) * RUN, static_cast<int64_t>(RUN)));
+    };
     wait_for_previous_kernels();
     // The first group is on the way while the mean is made.
     float values[RUN / 32];
-    load_group(absmax, blocks, first, values);
-    const float centre =
-        finish_mean(sums + blockIdx.y * runs, absent + blockIdx.y * runs, blocks, runs, upper, upper_size);
+    if (first < whole) load_group<true>(absmax + static_cast<int64_t>(first) * RUN, RUN, values);
+    const float centre = finish_mean(sums, absent, blocks, runs, upper, upper_size);
     if (blockIdx.x == 0 && threadIdx.x == 0) offset[blockIdx.y] = centre;
-    for (int64_t group = first; group < runs; group += step) {
-        if (group != first) load_group(absmax, blocks, group, values);
-        encode_group(values, codes + group * RUN, group_scale + group,
-                     static_cast<int>(min(blocks - group * RUN, static_cast<int64_t>(RUN))), centre, bounds);
+    int group = first;
+    for (; group < whole; group += step) {
+        const int64_t at = static_cast<int64_t>(group) * RUN;
+        if (group != first) load_group<true>(absmax + at, RUN, values);
+        encode_group<true>(values, codes + at, group_scale + group, RUN, centre, bounds);
+    }
+    for (; group < runs; group += step) {
+        const int64_t at = static_cast<int64_t>(group) * RUN;
+        load_group<false>(absmax + at, size_of(group), values);
+        encode_group<false>(values, codes + at, group_scale + group, size_of(group), centre, bounds);
     }
 }

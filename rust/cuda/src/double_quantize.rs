@@ -84,7 +84,7 @@ pub(crate) unsafe fn double_quantize(
         unsafe { launch(function, grid, queue, &mut args) }?;
     }
     // The levels of the tree above the runs lie in shared memory, in two halves that take turns.
-    let upper_size = runs.div_ceil(NESTED_BLOCK_SIZE).max(1) as i64;
+    let upper_size = runs.div_ceil(NESTED_BLOCK_SIZE).max(1) as i32;
     let grid = Grid {
         // Every CTA reads all sums: no more of them than are on the device at once.
         ctas: (strided_ctas(device, runs, WARPS, 4), experts, 1),

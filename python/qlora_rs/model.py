@@ -40,6 +40,9 @@ from qlora_rs.report import PackedEntry, QuantizeReport, SkippedEntry
 from qlora_rs.selection import select_linear
 from qlora_rs.spec import QuantSpec
 
+# Of a CUDA device that has kernels here.
+LEAST_CAPABILITY = (7, 5)
+
 
 def from_pretrained(
     path: str | os.PathLike[str],
@@ -60,8 +63,9 @@ def from_pretrained(
             was packed with.
         dtype: of everything that stays in floats, and of the arithmetic. ``"auto"``: bfloat16 where the device
             computes it fast, else float32 (a CUDA device: float16).
-        device: the CPU, or one CUDA device (``"cuda"`` is torch's current one). There a packed file's bytes go straight
-            to the device, and float weights are quantized on it, one at a time.
+        device: the CPU, or one CUDA device (``"cuda"`` is torch's current one; ``"auto"`` that, or the CPU where there
+            is none). There a packed file's bytes go straight to the device, and float weights are quantized on it, one
+            at a time.
 
     Returns:
         The transformers model that ``config.json`` names.
@@ -217,13 +221,20 @@ def load_float(
 
 
 def resolve_device(device: torch.device | str | None) -> torch.device:
-    """The device that ``device`` stands for, a CUDA one with its index.
+    """The device that ``device`` stands for, a CUDA one with its index; ``"auto"`` is torch's current one where it has
+    kernels here, else the CPU.
 
     Raises:
+        ValueError: torch knows no such device.
         UnsupportedError: models are not loaded there.
         DeviceError: there is no such device.
     """
-    asked = torch.device("cpu" if device is None else device)
+    if device == "auto":
+        device = "cuda" if _has_usable_cuda_device() else "cpu"
+    try:
+        asked = torch.device("cpu" if device is None else device)
+    except RuntimeError as error:
+        raise ValueError(f"device {device!r}: {first_line(error)}; it is auto, cpu, cuda or cuda:N") from None
     if asked.type == "cpu":
         return asked
     if asked.type != "cuda":
@@ -236,6 +247,10 @@ def resolve_device(device: torch.device | str | None) -> torch.device:
     if index >= count:
         raise DeviceError(f"there is no CUDA device {index}: torch sees {count}")
     return torch.device("cuda", index)
+
+
+def _has_usable_cuda_device() -> bool:
+    return torch.cuda.is_available() and torch.cuda.get_device_capability() >= LEAST_CAPABILITY
 
 
 def resolve_dtype(dtype: torch.dtype | str, device: torch.device | None = None) -> torch.dtype:

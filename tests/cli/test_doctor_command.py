@@ -53,7 +53,7 @@ def test_devices_and_drivers_are_shown(command, monkeypatch):
     probe = {"available": True, "reason": None, "driver_version": "13.0", "devices": [device]}
     monkeypatch.setattr(_core, "driver_probe", lambda: probe)
     out = command("doctor").out
-    assert "Some GPU, compute capability 9.0, 80.0 GB: used from Python" in out
+    assert "Some GPU, compute capability 9.0, 80.0 GB: usable" in out
     device["compute_capability"] = (7, 0)
     assert "too old for the kernels" in command("doctor").out
     assert "13.0" in out

@@ -136,3 +136,21 @@ def test_help_teaches_with_an_example(command):
     assert "qlora-rs eval Llama-3.2-1B-nf4" in outcome.out
     for option in ("--adapter", "--window", "--max-tokens", "--dtype", "--json"):
         assert option in outcome.out
+
+
+@pytest.mark.parametrize(
+    ("device", "code", "message"),
+    [("cuda:63", 3, "there is no CUDA device"), ("mps", 2, "computes on cpu and cuda"), ("gpu", 2, "gpu")],
+)
+def test_a_device_that_there_is_not_is_named(command, packed_llama, text, device, code, message):
+    outcome = command("eval", packed_llama, text, "--device", device)
+    assert outcome.code == code
+    assert message in outcome.err
+    assert outcome.out == ""
+
+
+def test_where_it_was_computed_is_said(command, packed_llama, text):
+    outcome = command("eval", packed_llama, text, "--device", "cpu", "--json")
+    assert json.loads(outcome.out)["device"] == "cpu"
+    assert "arithmetic in" in outcome.err
+    assert " on cpu" in outcome.err

@@ -179,7 +179,9 @@ def test_help_teaches_with_an_example(run):
 
 
 def test_ctrl_c_while_the_model_is_loaded_ends_without_a_trace(run, tmp_path, monkeypatch):
-    monkeypatch.setattr("qlora_rs.model.from_pretrained", lambda *args, **settings: signal.raise_signal(signal.SIGINT))
+    monkeypatch.setattr(
+        "qlora_rs.train.run.from_pretrained", lambda *args, **settings: signal.raise_signal(signal.SIGINT)
+    )
     outcome = run("--steps", 2)
     assert (outcome.code, outcome.out) == (130, "")
     assert "interrupted" in outcome.err

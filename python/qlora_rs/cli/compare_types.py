@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from qlora_rs.cli import output
-from qlora_rs.cli.arguments import Arithmetic, MaxTokens, ResultAsJson, TextFile, Window
+from qlora_rs.cli.arguments import Arithmetic, Device, MaxTokens, ResultAsJson, TextFile, Window
 
 if TYPE_CHECKING:
     from qlora_rs.eval import TypeComparison
@@ -32,6 +32,7 @@ def compare_types(
     window: Window = 512,
     max_tokens: MaxTokens = None,
     dtype: Arithmetic = "auto",
+    device: Device = "auto",
     plot: Annotated[
         Path | None,
         typer.Option("--plot", metavar="FILE.png", help="Draw it too; an earlier file is replaced."),
@@ -75,7 +76,14 @@ def compare_types(
         tokens = text_tokens(tokenizer, content, text, max_tokens)
         with output.progress_tokens("evaluating") as progress:
             result = evaluation.compare_types(
-                model, tokens, wanted, block_size=block_size, window=window, dtype=dtype, progress=progress
+                model,
+                tokens,
+                wanted,
+                block_size=block_size,
+                window=window,
+                dtype=dtype,
+                device=device,
+                progress=progress,
             )
     if plot is not None:
         draw_types(result, plot)
@@ -121,7 +129,7 @@ def _print_table(result: TypeComparison) -> None:
     base = result.results[0].name
     block = next((row.spec.block_size for row in result.results if row.spec is not None), None)
     described = (
-        f"{result.tokens:,} tokens scored in windows of {result.window}, arithmetic in {result.dtype}; "
-        f"lost: nats per token over {base}; blocks of {block}"
+        f"{result.tokens:,} tokens scored in windows of {result.window}, arithmetic in {result.dtype} "
+        f"on {result.device}; lost: nats per token over {base}; blocks of {block}"
     )
     output.stdout.print(Text(described), soft_wrap=True)

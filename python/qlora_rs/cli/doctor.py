@@ -162,4 +162,7 @@ def _print_findings(findings: dict[str, Any]) -> None:
 
 
 def _kernels(capability: tuple[int, int]) -> str:
-    return "used from Python; commands compute on the CPU" if capability >= (7, 5) else "too old for the kernels (7.5)"
+    from qlora_rs.model import LEAST_CAPABILITY
+
+    least = ".".join(map(str, LEAST_CAPABILITY))
+    return "usable" if capability >= LEAST_CAPABILITY else f"too old for the kernels ({least})"

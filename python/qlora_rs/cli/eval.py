@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from qlora_rs.cli import output
-from qlora_rs.cli.arguments import Arithmetic, MaxTokens, ResultAsJson, TextFile, Window
+from qlora_rs.cli.arguments import Arithmetic, Device, MaxTokens, ResultAsJson, TextFile, Window
 
 
 def evaluate(
@@ -24,6 +24,7 @@ def evaluate(
     window: Window = 512,
     max_tokens: MaxTokens = None,
     dtype: Arithmetic = "auto",
+    device: Device = "auto",
     as_json: ResultAsJson = False,
 ) -> None:
     """Measure the perplexity of a model on a text.
@@ -42,7 +43,7 @@ def evaluate(
     from qlora_rs.eval import perplexity
 
     content = read_text(text)
-    loaded = load_model(model, adapter, dtype)
+    loaded = load_model(model, adapter, dtype, device)
     tokens = text_tokens(loaded.tokenizer, content, text, max_tokens)
     started = time.monotonic()
     with output.progress_tokens("evaluating") as progress:
@@ -56,6 +57,7 @@ def evaluate(
                 "weights": loaded.description,
                 "text": str(text),
                 "dtype": str(loaded.model.dtype).removeprefix("torch."),
+                "device": str(loaded.model.device),
                 "window": window,
                 "windows": result.windows,
                 "tokens": result.tokens,

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from qlora_rs.cli import output
-from qlora_rs.cli.arguments import Arithmetic
+from qlora_rs.cli.arguments import Arithmetic, Device
 
 
 def generate(
@@ -36,6 +36,7 @@ def generate(
         bool, typer.Option("--no-chat-template", help="Continue the prompt as plain text.")
     ] = False,
     dtype: Arithmetic = "auto",
+    device: Device = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print text and counts as one JSON document.")] = False,
 ) -> None:
     """Answer a prompt through the model's chat template.
@@ -51,7 +52,7 @@ def generate(
     from qlora_rs import eval as evaluation
     from qlora_rs.cli.loading import load_model, warnings_as_messages
 
-    loaded = load_model(model, adapter, dtype)
+    loaded = load_model(model, adapter, dtype, device)
     started = time.monotonic()
     with warnings_as_messages():
         answer = evaluation.generate(
@@ -75,6 +76,7 @@ def generate(
                 "prompt_tokens": answer.prompt_tokens,
                 "new_tokens": answer.new_tokens,
                 "finished": answer.finished,
+                "device": str(loaded.model.device),
                 "seconds": seconds,
             }
         )

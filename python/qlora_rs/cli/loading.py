@@ -29,7 +29,7 @@ class LoadedModel:
     description: str
 
 
-def load_model(path: Path, adapter: Path | None = None, dtype: str = "auto") -> LoadedModel:
+def load_model(path: Path, adapter: Path | None = None, dtype: str = "auto", device: str = "auto") -> LoadedModel:
     """Load a packed folder, or one in 16 bits as it is (not quantized), and say on stderr which.
 
     Raises:
@@ -38,15 +38,17 @@ def load_model(path: Path, adapter: Path | None = None, dtype: str = "auto") -> 
         UnsupportedError: transformers is not installed or does not know the model; no causal language model; no
             tokenizer.
         ValueError: ``dtype`` is no float type.
+        DeviceError: there is no such device.
     """
     from qlora_rs.adapters import load_adapter, read_adapter
     from qlora_rs.checkpoint import inspect
     from qlora_rs.checkpoint.source import require_model
     from qlora_rs.errors import UnsupportedError
-    from qlora_rs.model import from_pretrained, load_float
+    from qlora_rs.model import from_pretrained, load_float, resolve_device
     from qlora_rs.spec import QuantSpec
 
     require_model(path)
+    place = resolve_device(device)
     info = inspect(path)
     if adapter is not None:
         read_adapter(adapter)  # what is wrong with it should be said before a large model is loaded, not after
@@ -54,9 +56,9 @@ def load_model(path: Path, adapter: Path | None = None, dtype: str = "auto") -> 
     with warnings_as_messages():
         tokenizer = load_tokenizer(transformers, path)
         if info.format == "float":
-            model, held = load_float(path, dtype), "not packed: used as it is, without quantizing"
+            model, held = load_float(path, dtype, place), "not packed: used as it is, without quantizing"
         else:
-            model = from_pretrained(path, dtype=dtype)
+            model = from_pretrained(path, dtype=dtype, device=place)
             held = f"packed as {info.spec.describe()}" if info.spec is not None else info.format
             if info.seen_in_floats:
                 held = (
@@ -69,7 +71,7 @@ def load_model(path: Path, adapter: Path | None = None, dtype: str = "auto") -> 
     model.eval()
     arithmetic = str(model.dtype).removeprefix("torch.")
     with_adapter = "" if adapter is None else f", with the adapter {adapter}"
-    output.message(f"{path}: {held}{with_adapter}; arithmetic in {arithmetic}")
+    output.message(f"{path}: {held}{with_adapter}; arithmetic in {arithmetic} on {place}")
     return LoadedModel(model, tokenizer, held)
 
 

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from qlora_rs.cli import output
+from qlora_rs.cli.arguments import Device
 from qlora_rs.cli.loading import quiet_transformers
 from qlora_rs.cli.training_progress import training_progress
 
@@ -81,6 +82,7 @@ def train(
         int, typer.Option("--save-every", min=0, help="Save every N steps too; 0 for at the end only.")
     ] = 100,
     dtype: Annotated[str, typer.Option("--dtype", help="Arithmetic: auto, float32 or bfloat16.")] = "auto",
+    device: Device = "auto",
     gradient_checkpointing: Annotated[
         bool, typer.Option("--gradient-checkpointing", help="Less memory, a third more time.")
     ] = False,
@@ -132,6 +134,7 @@ def train(
         eval_every=eval_every,
         save_every=save_every,
         dtype=dtype,
+        device=device,
         gradient_checkpointing=gradient_checkpointing,
         resume=resume,
         overwrite=overwrite,

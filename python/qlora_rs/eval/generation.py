@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from qlora_rs.errors import UnsupportedError, require_extra
-from qlora_rs.eval.mode import device_of, evaluating, max_positions
+from qlora_rs.eval.mode import device_of, evaluating, max_positions, own_random_state
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ def generate(
     )
     inputs = torch.tensor([ids], device=device_of(model))
     generating: Any = model
-    with evaluating(model), _random_state(seed):
+    with evaluating(model), _random_state(seed, inputs.device):
         written: Tensor = generating.generate(
             inputs, attention_mask=torch.ones_like(inputs), generation_config=settings
         )
@@ -147,11 +147,11 @@ def _end_tokens(model: Any, tokenizer: Any) -> list[int]:
 
 
 @contextmanager
-def _random_state(seed: int | None) -> Iterator[None]:
+def _random_state(seed: int | None, device: torch.device) -> Iterator[None]:
     """Torch's own random state, or one that starts at ``seed`` and is forgotten afterwards."""
     if seed is None:
         yield
         return
-    with torch.random.fork_rng(devices=[]):
+    with own_random_state(device):
         torch.manual_seed(seed)
         yield

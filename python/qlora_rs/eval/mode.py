@@ -39,6 +39,13 @@ def max_positions(model: nn.Module) -> int | None:
     return found if isinstance(found, int) and found > 0 else None
 
 
+@contextmanager
+def own_random_state(device: torch.device) -> Iterator[None]:
+    """Afterwards torch's generators of the CPU and of ``device`` are as they were."""
+    with torch.random.fork_rng(devices=[] if device.index is None else [device.index], device_type="cuda"):
+        yield
+
+
 def device_of(model: nn.Module) -> torch.device:
     """Where the model's inputs belong."""
     return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))

@@ -19,7 +19,7 @@ from qlora_rs.checkpoint.weights import stored_name
 from qlora_rs.errors import UnsupportedError
 from qlora_rs.eval.perplexity import Perplexity, perplexity
 from qlora_rs.linear import Linear4bit
-from qlora_rs.model import from_pretrained, load_float
+from qlora_rs.model import from_pretrained, load_float, resolve_device
 from qlora_rs.spec import QuantSpec
 
 DEFAULT_TYPES = ("int8", "nf4", "nf4+dq", "fp4", "int4")
@@ -66,6 +66,7 @@ class TypeComparison:
         tokens: scored tokens.
         window: tokens per window.
         dtype: of the arithmetic, e.g. ``"float32"``.
+        device: where it was done, e.g. ``"cpu"``.
         results: the model as it is, then the types in the order asked for.
     """
 
@@ -74,6 +75,7 @@ class TypeComparison:
     tokens: int
     window: int
     dtype: str
+    device: str
     results: tuple[TypeResult, ...]
 
     def to_dict(self) -> dict[str, Any]:
@@ -105,6 +107,7 @@ def compare_types(
     block_size: int = 64,
     window: int = 512,
     dtype: torch.dtype | str = "auto",
+    device: torch.device | str | None = None,
     progress: Callable[[int, int], object] | None = None,
 ) -> TypeComparison:
     """Measure a 16- or 32-bit model as it is, then with its Linear layers packed in each of some data types.
@@ -118,7 +121,8 @@ def compare_types(
         types: names of data types, ``+dq`` behind those whose scales are quantized too.
         block_size: elements that share a scale.
         window: tokens per window.
-        dtype: of the arithmetic; ``"auto"`` is what this machine computes fast.
+        dtype: of the arithmetic; ``"auto"`` is what the device computes fast.
+        device: where to compute, as `qlora_rs.from_pretrained`.
         progress: called with (tokens done, tokens in all) over all types together.
 
     Raises:
@@ -136,6 +140,7 @@ def compare_types(
         raise UnsupportedError(
             f"{folder}: is quantized (quant_method {info.format!r}); what types cost is measured from a 16-bit model"
         )
+    place = resolve_device(device)
     named = [(name, parse_type(name, block_size)) for name in dict.fromkeys(types)]
     ids = torch.as_tensor(tokens)
     total = (1 + len(named)) * len(ids)
@@ -147,7 +152,7 @@ def compare_types(
             progress(len(results) * len(ids) + done, total)
 
     for name, spec in [(_stored_type(info), None), *named]:
-        model = load_float(folder, dtype) if spec is None else from_pretrained(folder, spec, dtype)
+        model = load_float(folder, dtype, place) if spec is None else from_pretrained(folder, spec, dtype, place)
         arithmetic = str(model.dtype).removeprefix("torch.")
         started = time.monotonic()
         found = perplexity(model, ids, window=window, progress=count)
@@ -155,7 +160,7 @@ def compare_types(
         results.append(_result(name, spec, info, model, found, seconds, results[0] if results else None))
         scored = found.tokens
         del model  # before the next one is loaded
-    return TypeComparison(str(folder), info.parameters, scored, window, arithmetic, tuple(results))
+    return TypeComparison(str(folder), info.parameters, scored, window, arithmetic, str(place), tuple(results))
 
 
 def _stored_type(info: CheckpointInfo) -> str:

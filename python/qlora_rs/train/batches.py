@@ -28,6 +28,10 @@ class Batch:
     attention_mask: Tensor
     labels: Tensor
 
+    def to(self, device: torch.device) -> Batch:
+        """The same on a device."""
+        return Batch(self.input_ids.to(device), self.attention_mask.to(device), self.labels.to(device))
+
 
 def derived_seed(seed: int, *purpose: object) -> int:
     """A seed of its own for every purpose, so that none depends on how much another has drawn.

@@ -13,6 +13,7 @@ import torch
 from qlora_rs.adapters import WEIGHTS_FILE, save_adapter
 from qlora_rs.checkpoint.folder import naming
 from qlora_rs.errors import QloraError
+from qlora_rs.eval.mode import device_of, own_random_state
 from qlora_rs.lora import lora_parameters
 from qlora_rs.train.batches import SampleStream, batches, derived_seed
 from qlora_rs.train.curve import CURVE_FILE, draw_curve
@@ -111,7 +112,7 @@ class Trainer:
             OSError: the system failed; what was saved before stays.
         """
         # Dropout draws from the global generator: the caller gets it back as it was.
-        with torch.random.fork_rng(devices=[]), self._interruption:
+        with own_random_state(device_of(self._model)), self._interruption:
             try:
                 while True:
                     self._evaluate_if_due(log)

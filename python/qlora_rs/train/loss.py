@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qlora_rs.eval.mode import device_of
 from qlora_rs.train.batches import IGNORED, Batch
 
 
@@ -17,6 +18,7 @@ def loss_sum(model: Any, batch: Batch) -> Tensor:
 
     Logits are made only where the next token counts: with a large vocabulary they are a good part of the work.
     """
+    batch = batch.to(device_of(model))
     targets = batch.labels[:, 1:]
     rows = nn.functional.pad(targets != IGNORED, (0, 1))  # (samples, length): predicts a token that counts
     with _head_sees(model, rows):

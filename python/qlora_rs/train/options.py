@@ -35,6 +35,7 @@ class TrainOptions:
         eval_every: measure the held-out loss every so many steps too, not only before and after.
         save_every: save adapter and state every so many steps; 0 for at the end only.
         dtype: of the arithmetic: ``"auto"``, ``"float32"`` or ``"bfloat16"``.
+        device: where to compute: ``"cpu"``, ``"cuda"``, ``"cuda:1"``, or ``"auto"``: a CUDA device if there is one.
         gradient_checkpointing: compute activations twice rather than keep them.
         resume: go on with the run in ``output``.
         overwrite: replace the files of another run in ``output``.
@@ -65,6 +66,7 @@ class TrainOptions:
     eval_every: int | None = None
     save_every: int = 100
     dtype: str = "auto"
+    device: str = "auto"
     gradient_checkpointing: bool = False
     resume: bool = False
     overwrite: bool = False

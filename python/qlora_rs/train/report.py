@@ -28,6 +28,7 @@ class TrainReport:
         counted_tokens: those that the loss counted.
         seconds: that all steps took.
         peak_memory_bytes: of this process.
+        peak_device_memory_bytes: of tensors on the CUDA device; None where the CPU computed.
         first_loss: mean of the first tenth of the steps (at least one), in nats.
         last_loss: mean of the last tenth.
         eval_loss_before, eval_loss_after: on the held-out samples; None where none were held out.
@@ -48,6 +49,7 @@ class TrainReport:
     counted_tokens: int
     seconds: float
     peak_memory_bytes: int
+    peak_device_memory_bytes: int | None
     first_loss: float
     last_loss: float
     eval_loss_before: float | None
@@ -69,10 +71,12 @@ class TrainReport:
 
         resumed = f" ({self.resumed_at} of them before it was resumed)" if self.resumed_at else ""
         epochs = f", {self.epochs:.2f} epochs" if self.epochs is not None else ""
+        device = self.peak_device_memory_bytes
+        on_device = "" if device is None else f", on the device {format_bytes(device)}"
         lines = [
             f"trained {self.steps} step{'' if self.steps == 1 else 's'}{resumed}{epochs} in {clock(self.seconds)}: "
             f"{self.tokens:,} tokens, {self.counted_tokens:,} of them counted; {self.tokens_per_second:,.0f} tokens/s, "
-            f"peak memory {format_bytes(self.peak_memory_bytes)}",
+            f"peak memory {format_bytes(self.peak_memory_bytes)}{on_device}",
             f"loss           {self.first_loss:.4f} -> {self.last_loss:.4f} (first and last tenth of the steps)",
         ]
         if self.eval_loss_before is not None and self.eval_loss_after is not None:

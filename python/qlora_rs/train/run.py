@@ -7,9 +7,12 @@ import resource
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from qlora_rs.checkpoint.source import find_quantization_config, read_config, require_folder
 from qlora_rs.errors import FormatError, UnsupportedError, require_extra
 from qlora_rs.lora import AttachReport, attach_lora
+from qlora_rs.model import from_pretrained, resolve_device, resolve_dtype
 from qlora_rs.pictures.canvas import require_matplotlib
 from qlora_rs.train.curve import EXTRA, PURPOSE
 from qlora_rs.train.dataset import Dataset, make_dataset
@@ -20,6 +23,7 @@ from qlora_rs.train.loop import Callbacks, MessageCallback, StepCallback, Traine
 from qlora_rs.train.options import Plan, TrainOptions, option, plan_max_length, plan_steps
 from qlora_rs.train.records import RecordFile, read_records
 from qlora_rs.train.report import TrainReport, loss_at_both_ends
+from qlora_rs.train.reproducible import reproducible
 from qlora_rs.train.state import STATE_FILE, TrainingState, check_same_run, model_digest, read_state
 
 
@@ -43,6 +47,7 @@ def train(
         FormatError: the data, the model or the state is damaged; file and line are named.
         UnsupportedError: a wish that cannot be met, a run that differs from the one to resume, nothing left to do.
         ValueError: options do not fit each other, the data or the model.
+        DeviceError: there is no such device, or it fails.
         DivergedError: the loss is no longer finite.
         KeyboardInterrupt: Ctrl-C; the message says how to go on.
 
@@ -53,12 +58,13 @@ def train(
     require_matplotlib(EXTRA, PURPOSE)
     require_folder(options.model)
     config = read_config(options.model)
+    device = resolve_device(options.device)
     check_output(options)
     state = read_state(options.output / STATE_FILE) if options.resume else None
     file = _read_data(options.data)
     tokenizer = load_tokenizer(options.model)
     dataset, plan = _prepare(options, config, file, tokenizer)
-    settings = _settings(options, plan, file, dataset)
+    settings = _settings(options, plan, device, file, dataset)
     if state is not None:
         _check_resumable(state, settings, options)
     for line in str(dataset.report).splitlines():
@@ -68,13 +74,28 @@ def train(
             f"{options.model} is not packed: quantized on the way in (NF4, double quantization); "
             "`qlora-rs quantize` does that once and for all"
         )
-    model, attached = _load(options, dataset)
-    callbacks.message(str(attached))
+    with reproducible(device):
+        attached = _train(options, plan, device, dataset, pad_token(tokenizer), settings, state, callbacks)
+    return _report(options, plan, device, dataset, attached, settings, 0 if state is None else state.step)
+
+
+def _train(
+    options: TrainOptions,
+    plan: Plan,
+    device: torch.device,
+    dataset: Dataset,
+    pad_id: int,
+    settings: dict[str, Any],
+    state: TrainingState | None,
+    callbacks: Callbacks,
+) -> AttachReport:
+    model, attached = _load(options, device, dataset)
+    callbacks.message(f"{attached}; arithmetic in {str(model.dtype).removeprefix('torch.')} on {device}")
     trainer = Trainer(
         model,
         dataset.training,
         dataset.held_out,
-        pad_id=pad_token(tokenizer),
+        pad_id=pad_id,
         options=options,
         plan=plan,
         settings=settings,
@@ -86,7 +107,7 @@ def train(
     kept = 0 if state is None else state.log_bytes
     with claimed(options.output, resume=options.resume), Log(options.output / LOG_FILE, kept) as log:
         trainer.run(log)
-    return _report(options, plan, dataset, attached, settings, 0 if state is None else state.step)
+    return attached
 
 
 def _read_data(path: Path) -> RecordFile:
@@ -116,7 +137,9 @@ def _prepare(options: TrainOptions, config: dict[str, Any], file: RecordFile, to
     return dataset, Plan(steps, warmup, max_length)
 
 
-def _settings(options: TrainOptions, plan: Plan, file: RecordFile, dataset: Dataset) -> dict[str, Any]:
+def _settings(
+    options: TrainOptions, plan: Plan, device: torch.device, file: RecordFile, dataset: Dataset
+) -> dict[str, Any]:
     """Everything that the numbers of a run depend on; under a sentence's subject where no option sets it."""
     names = (
         "r lora_alpha lora_dropout target_modules use_rslora lr batch_size grad_accum max_grad_norm weight_decay seed "
@@ -124,6 +147,7 @@ def _settings(options: TrainOptions, plan: Plan, file: RecordFile, dataset: Data
     )
     settings: dict[str, Any] = {option(name): getattr(options, name) for name in names.split()}
     settings |= {option(name): getattr(plan, name) for name in ("steps", "warmup", "max_length")}
+    settings["--device"] = device.type
     settings["the file of --data"] = file.sha256
     settings["the model of --model"] = model_digest(options.model)
     settings["what the tokenizer and its chat template make of the data"] = dataset.digest
@@ -132,7 +156,7 @@ def _settings(options: TrainOptions, plan: Plan, file: RecordFile, dataset: Data
 
 def _check_resumable(state: TrainingState, settings: dict[str, Any], options: TrainOptions) -> None:
     path = options.output / STATE_FILE
-    check_same_run(state.settings, settings, path)
+    check_same_run({"--device": "cpu", **state.settings}, settings, path)  # what older states do not say
     steps = settings["--steps"]
     if state.step >= steps:
         raise UnsupportedError(
@@ -141,10 +165,11 @@ def _check_resumable(state: TrainingState, settings: dict[str, Any], options: Tr
         )
 
 
-def _load(options: TrainOptions, dataset: Dataset) -> tuple[Any, AttachReport]:
-    from qlora_rs.model import from_pretrained
-
-    model = from_pretrained(options.model, dtype=options.dtype)
+def _load(options: TrainOptions, device: torch.device, dataset: Dataset) -> tuple[Any, AttachReport]:
+    dtype = resolve_dtype(options.dtype, device)
+    if dtype == torch.float16:  # a device without bfloat16: gradients of float16 would vanish
+        dtype = torch.float32
+    model = from_pretrained(options.model, dtype=dtype, device=device)
     embedding = model.get_input_embeddings()
     highest = max(int(sample.ids.max()) for sample in (*dataset.training, *dataset.held_out))
     if highest >= embedding.num_embeddings:
@@ -178,6 +203,7 @@ def _checkpoint_activations(model: Any) -> None:
 def _report(
     options: TrainOptions,
     plan: Plan,
+    device: torch.device,
     dataset: Dataset,
     attached: AttachReport,
     settings: dict[str, Any],
@@ -204,6 +230,7 @@ def _report(
         tokens=sum(entry["tokens"] for entry in steps),
         counted_tokens=sum(entry["counted_tokens"] for entry in steps),
         seconds=sum(entry["seconds"] for entry in steps),
+        peak_device_memory_bytes=torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
         peak_memory_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         first_loss=first,
         last_loss=last,

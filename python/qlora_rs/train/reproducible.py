@@ -1,0 +1,33 @@
+"""The same seed on the same machine gives the same bits, on a CUDA device too."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+
+@contextmanager
+def reproducible(device: torch.device) -> Iterator[None]:
+    """Within the context torch takes only algorithms that give the same bits every time; on the CPU it always does.
+
+    What has none (in a model of somebody else, say) is used all the same, with torch's warning.
+    """
+    if device.type != "cuda":
+        yield
+        return
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read once, when the first product is made
+    torch.cuda.reset_peak_memory_stats(device)
+    switches: Any = torch.utils.deterministic  # its switch is made by a class of modules
+    before = (torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled())
+    filled = switches.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    switches.fill_uninitialized_memory = False  # every output is written, and twice is once too often
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        switches.fill_uninitialized_memory = filled

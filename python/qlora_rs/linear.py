@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from qlora_rs import direct
+from qlora_rs.flat_product import FlatProduct
 from qlora_rs.packed import FLOAT_DTYPES, PackedShapes, PackedTensor
-from qlora_rs.paged_product import PagedProduct
+from qlora_rs.paged_product import PagedBlock, PagedProduct
 from qlora_rs.quantization import dequantize, quantize
 from qlora_rs.spec import QuantSpec
 
@@ -33,6 +34,10 @@ class Linear4bit(nn.Linear):
     which brings them to the device for each product. Moving the module moves its bias only; a copy is an ordinary layer
     in ordinary memory; loading a state dict replaces what the pool holds. They must not be written to in place.
 
+    A ``flat`` weight, whose blocks run over the ends of rows as bitsandbytes has them, is held as one row of all its
+    elements: ``weight`` is ``[1, ceil(out * in / 2)]``, ``weight_absmax`` ``[1, blocks]``. It is dequantized for every
+    product, and cannot be cut by rows.
+
     Args:
         in_features: length of a row of W.
         out_features: number of rows of W.
@@ -40,6 +45,7 @@ class Linear4bit(nn.Linear):
         spec: how the weight is quantized.
         float_dtype: what was quantized, and the default of `dequantize`.
         device: where the (uninitialised) parameters are made; ``"meta"`` makes shapes only.
+        flat: whether W is packed as one row.
     """
 
     paged: PagedProduct | None = None
@@ -53,6 +59,7 @@ class Linear4bit(nn.Linear):
         *,
         float_dtype: torch.dtype = torch.bfloat16,
         device: torch.device | str | None = None,
+        flat: bool = False,
     ) -> None:
         nn.Module.__init__(self)  # nn.Linear's own would allocate and initialise a float weight
         if float_dtype not in FLOAT_DTYPES:
@@ -63,8 +70,9 @@ class Linear4bit(nn.Linear):
         self.float_dtype = float_dtype
         self._codebook = None if self.spec.codebook is None else list(self.spec.codebook)
         self._product = direct.FrozenProduct(in_features, self.spec)
+        self._flat_product = FlatProduct((out_features, in_features), self.spec) if flat else None
 
-        shapes = PackedShapes.of((out_features, in_features), self.spec)
+        shapes = PackedShapes.of((out_features, in_features), self.spec, flat=flat)
         nested = self.spec.double_quant
         self.weight = _frozen(torch.empty(shapes.codes, dtype=torch.uint8, device=device))
         absmax_dtype = torch.uint8 if nested else torch.int32
@@ -96,7 +104,7 @@ class Linear4bit(nn.Linear):
         if len(packed.shape) != 2:
             raise ValueError(f"a Linear weight has two dimensions; got shape {list(packed.shape)}")
         rows, columns = packed.shape
-        layer = cls(columns, rows, False, packed.spec, float_dtype=packed.dtype, device="meta")
+        layer = cls(columns, rows, False, packed.spec, float_dtype=packed.dtype, device="meta", flat=packed.flat)
         layer.weight = _frozen(packed.codes)
         layer.weight_absmax = _frozen(_as_bits(packed.absmax))
         if packed.absmax_scale is not None and packed.absmax_offset is not None:
@@ -117,11 +125,17 @@ class Linear4bit(nn.Linear):
             spec=self.spec,
             shape=(self.out_features, self.in_features),
             dtype=self.float_dtype,
+            flat=self.flat,
         )
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """The weight as a float tensor (out, in), in ``float_dtype`` unless another is asked for."""
         return dequantize(self.packed(), dtype)
+
+    @property
+    def flat(self) -> bool:
+        """Whether the blocks of the weight run over the ends of its rows."""
+        return self._flat_product is not None
 
     @property
     def W_q(self) -> Tensor:
@@ -134,6 +148,8 @@ class Linear4bit(nn.Linear):
         paged = self.paged
         if paged is not None and paged.holds(parts):
             return paged(x, self.bias)
+        if self._flat_product is not None:
+            return self._flat_product(x, parts, self.bias)
         if direct.applies(x):
             product = self._product(x, parts, self.bias)
             if product is not None:
@@ -159,12 +175,18 @@ class Linear4bit(nn.Linear):
         parts, paged = self.parts(), self.paged
         if paged is not None and paged.holds(parts):
             return paged.with_adapter(x, self.bias, a, b, scaling)
+        if self._flat_product is not None:
+            return None
         return self._product.with_adapter(x, parts, self.bias, a, b, scaling)
 
     @property
     def compute_device(self) -> torch.device:
         """Where products are made: a paged weight comes to the pool's device, any other one stays where it is."""
         return self.weight.device if self.paged is None else self.paged.device
+
+    def paged_in(self, block: PagedBlock, number: int) -> PagedProduct:
+        """This layer's product over the weight of that number in a block, for `page`."""
+        return PagedProduct(block, number, self.in_features, self.spec, self._flat_product)
 
     def page(self, paged: PagedProduct | None, device: torch.device | None = None) -> None:
         """Let the weight live in a pool, which holds a copy of it; None: copy it out into memory of ``device``."""
@@ -221,7 +243,7 @@ class Linear4bit(nn.Linear):
         """``in_features=..., out_features=..., bias=..., nf4, block_size=64, double_quant=True``."""
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
-            f"{self.spec.describe()}"
+            f"{self.spec.describe()}{', flat' if self.flat else ''}"
         )
 
 

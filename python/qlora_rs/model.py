@@ -75,7 +75,7 @@ def from_pretrained(
         FormatError: a file is damaged, or weights are missing or have other shapes than the model.
         NonFiniteError: a weight that has to be quantized holds NaN or Inf.
         UnsupportedError: transformers is not installed or does not know the model, the folder is quantized by another
-            library or holds rows of bitsandbytes that are no whole blocks, or the device has no kernels.
+            library, or the device has no kernels.
         DeviceError: there is no such device, or its driver fails.
         ValueError: ``spec`` is not what the folder was packed with, or ``dtype`` is no float type.
 

@@ -25,9 +25,12 @@ class PackedShapes:
     absmax_offset: tuple[int, ...]
 
     @classmethod
-    def of(cls, shape: tuple[int, ...], spec: QuantSpec) -> PackedShapes:
-        """Shapes for a weight of ``shape`` under ``spec`` (rows aligned: a block never crosses a row)."""
-        *lead, columns = shape
+    def of(cls, shape: tuple[int, ...], spec: QuantSpec, *, flat: bool = False) -> PackedShapes:
+        """Shapes for a weight of ``shape`` under ``spec`` (rows aligned: a block never crosses a row).
+
+        A ``flat`` weight is packed as one row of all its elements.
+        """
+        *lead, columns = (1, math.prod(shape)) if flat else shape
         blocks = -(-columns // spec.block_size)
         blocks_per_expert = (lead[-1] if lead else 1) * blocks
         experts = tuple(lead[:-1])
@@ -37,6 +40,16 @@ class PackedShapes:
             absmax_scale=(*experts, -(-blocks_per_expert // NESTED_BLOCK_SIZE)),
             absmax_offset=experts or (1,),
         )
+
+
+def is_flat_layout(codes: tuple[int, ...], shape: tuple[int, ...], spec: QuantSpec) -> bool:
+    """Whether codes of this shape are those of a weight of ``shape`` that is packed as one row.
+
+    >>> is_flat_layout((1, 150), (3, 100), QuantSpec()), is_flat_layout((3, 50), (3, 100), QuantSpec())
+    (True, False)
+    """
+    by_rows, flat = PackedShapes.of(shape, spec), PackedShapes.of(shape, spec, flat=True)
+    return codes == flat.codes != by_rows.codes
 
 
 @dataclass(frozen=True)
@@ -51,6 +64,7 @@ class PackedTensor:
         spec: how it was quantized.
         shape: logical shape of the weight.
         dtype: what was quantized (float32, bfloat16 or float16).
+        flat: blocks run over the ends of rows, as bitsandbytes has them: the parts are those of a weight (1, elements).
 
     Raises:
         ValueError: the parts do not fit together.
@@ -63,6 +77,7 @@ class PackedTensor:
     spec: QuantSpec
     shape: tuple[int, ...]
     dtype: torch.dtype
+    flat: bool = False
 
     def __post_init__(self) -> None:
         """Check once; inner code takes valid tensors."""
@@ -70,7 +85,7 @@ class PackedTensor:
             raise ValueError("a packed tensor has at least one dimension")
         if self.dtype not in FLOAT_DTYPES:
             raise ValueError(f"dtype is float32, bfloat16 or float16; got {self.dtype}")
-        shapes = PackedShapes.of(tuple(self.shape), self.spec)
+        shapes = PackedShapes.of(tuple(self.shape), self.spec, flat=self.flat)
         _expect("codes", self.codes, torch.uint8, shapes.codes)
         _expect("absmax", self.absmax, torch.uint8 if self.spec.double_quant else torch.float32, shapes.absmax)
         if self.spec.double_quant:
@@ -98,6 +113,10 @@ class PackedTensor:
     def bits_per_weight(self) -> float:
         """Storage bits per element: 4.127 for large NF4 weights in blocks of 64, doubly quantized."""
         return 8 * self.nbytes / max(1, math.prod(self.shape))
+
+    def as_row(self) -> PackedTensor:
+        """A flat weight as the one row of all its elements that it is packed as, in the same memory."""
+        return replace(self, shape=(1, math.prod(self.shape)), flat=False) if self.flat else self
 
     def to(self, device: torch.device | str) -> PackedTensor:
         """The same tensor with every part on ``device``."""

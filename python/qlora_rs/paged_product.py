@@ -10,6 +10,7 @@ from torch import Tensor
 
 from qlora_rs import _bridge, direct, ops
 from qlora_rs.errors import UnsupportedError
+from qlora_rs.flat_product import FlatProduct
 from qlora_rs.pool import PagedBuffer, PagedPool
 from qlora_rs.spec import QuantSpec
 
@@ -126,16 +127,20 @@ class PagedProduct:
         number: of the weight in it.
         columns: in_features.
         spec: how it is quantized.
+        flat: what multiplies with it where its blocks run over the ends of rows.
 
     Attributes:
         parts: codes and scales in host memory, what a layer shows as its parameters.
     """
 
-    __slots__ = ("_at", "_block", "_device", "_number", "columns", "parts", "spec")
+    __slots__ = ("_at", "_block", "_device", "_flat", "_number", "columns", "parts", "spec")
 
-    def __init__(self, block: PagedBlock, number: int, columns: int, spec: QuantSpec) -> None:
+    def __init__(
+        self, block: PagedBlock, number: int, columns: int, spec: QuantSpec, flat: FlatProduct | None = None
+    ) -> None:
         self._block = block
         self._number = number
+        self._flat = flat
         self._device = block.buffer.pool.device
         self._at: dict[int, _Resident] = {}
         self.columns = columns
@@ -191,6 +196,8 @@ class PagedProduct:
         """x W^T + b, of which nothing is recorded."""
         here = self._acquire()
         try:
+            if self._flat is not None:
+                return self._flat.product(x, here.parts, bias)
             if here.weight is not None and direct.applies(x):
                 return ops.device_linear(x, here.weight, bias)
             y: Tensor = torch.ops.qlora_rs.linear(x, *here.parts, *self._format(), bias)
@@ -202,6 +209,8 @@ class PagedProduct:
         """The gradient of x, of which nothing is recorded."""
         here = self._acquire()
         try:
+            if self._flat is not None:
+                return self._flat.gradient(grad, here.parts)
             if here.weight is not None and direct.applies(grad):
                 return ops.device_linear_backward(grad, here.weight)
             grad_x: Tensor = torch.ops.qlora_rs.linear_backward(grad, *here.parts, *self._format())
@@ -250,7 +259,7 @@ class PagedProduct:
             pieces,
         )
         weight = None
-        if self._device.type == "cuda":
+        if self._device.type == "cuda" and self._flat is None:
             weight = ops.device_weight(*parts, self.columns, self.spec, moves=True)
         if len(self._at) >= _MOST_PLACES:
             self._at.clear()

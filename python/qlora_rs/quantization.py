@@ -64,6 +64,8 @@ def dequantize(packed: PackedTensor, dtype: torch.dtype | None = None) -> Tensor
         ValueError: a code lies outside the codebook (on a CUDA device, where asking would wait for it: NaN there).
     """
     dtype = packed.dtype if dtype is None else dtype
+    if packed.flat:
+        return dequantize(packed.as_row(), dtype).view(packed.shape)
     if packed.codes.is_cuda and dtype in FLOAT_DTYPES and direct.unwatched(packed.codes):
         return direct.device_weight(packed).dequantize(dtype)
     _require_device(packed.codes)

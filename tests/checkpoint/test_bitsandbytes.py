@@ -290,15 +290,6 @@ def test_values_that_do_not_fit_float16_are_an_error(altered, tmp_path) -> None:
 # What the other format cannot hold.
 
 
-def test_rows_that_share_blocks_are_refused_by_name(tmp_path) -> None:
-    message = r"down_proj\.weight.*rows of 130 elements are no whole blocks of 64.*--to bf16"
-    with pytest.raises(UnsupportedError, match=message):
-        convert(GOLDEN / "nf4-crossing", tmp_path / "out", "native")
-    with pytest.raises(UnsupportedError, match=message):
-        qlora_rs.from_pretrained(GOLDEN / "nf4-crossing")
-    assert os.listdir(tmp_path) == []
-
-
 @pytest.mark.parametrize(
     ("spec", "message"),
     [

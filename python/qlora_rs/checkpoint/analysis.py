@@ -27,6 +27,7 @@ from qlora_rs.checkpoint.slices import (
     VALUE_DTYPES,
     SliceReader,
     element_ranges,
+    flat_slice,
     matrices,
     packed_slice,
     sliced_rows,
@@ -125,17 +126,18 @@ def _packed_spec(info: CheckpointInfo) -> QuantSpec:
 
 
 def _slices(info: CheckpointInfo, source: Source, spec: QuantSpec, files: ExitStack) -> Callable[[TensorRow], Slices]:
-    """What gives (first, count) elements of a packed weight, in whole rows."""
-    if info.format == "qlora_rs":
-        reader = files.enter_context(SliceReader(source))
-        return lambda row: lambda first, count: packed_slice(reader, row, spec, first, count)
-    mapped = TensorReader(source)
+    """What gives (first, count) elements of a packed weight, in whole rows; of a flat one from a group of scales on."""
+    reader, mapped = files.enter_context(SliceReader(source)), TensorReader(source)
 
-    def of_mapped(row: TensorRow) -> Slices:
+    def of_row(row: TensorRow) -> Slices:
+        if row.flat:
+            return lambda first, count: flat_slice(reader, row, spec, first, count)[1]
+        if info.format == "qlora_rs":
+            return lambda first, count: packed_slice(reader, row, spec, first, count)
         whole = mapped.packed(row.name, row.shape, spec)
         return lambda first, count: sliced_rows(whole, first, count)
 
-    return of_mapped
+    return of_row
 
 
 def _source_names(info: CheckpointInfo, source: Source) -> dict[str, str]:
@@ -173,6 +175,8 @@ class _Weight:
     ) -> None:
         self.row, self.spec, self.slices = row, spec, slices
         self.original, self.original_name, self.step_counts = original, original_name, step_counts
+        # Where blocks run over the ends of rows, all is one row.
+        self.shape = (1, row.elements) if row.flat else row.shape
         self.codes = torch.zeros(len(spec.values), dtype=torch.int64)
         self.step = _relative_step(spec)
         self.outliers: list[OutlierBlock] = []
@@ -184,10 +188,10 @@ class _Weight:
 
     def add_all(self, folder: Path) -> None:
         """Read the weight; ``folder`` is for messages."""
-        _, rows, columns = matrices(self.row.shape)
+        _, rows, columns = matrices(self.shape)
         scales: list[Tensor] = []
         squares = 0.0
-        for first, count in element_ranges(self.row.shape, whole_rows=True):
+        for first, count in element_ranges(self.shape, whole_rows=not self.row.flat):
             packed = self.slices(first, count)
             absmax = _block_scales(packed)
             try:
@@ -201,7 +205,7 @@ class _Weight:
                 self._add_error(values, absmax, first, count)
             if (first + count) % (rows * columns) == 0:
                 expert = first // (rows * columns)
-                self._end_matrix(torch.cat(scales), math.sqrt(squares / (rows * columns)), expert)
+                self._end_matrix(torch.cat(scales, int(self.row.flat)), math.sqrt(squares / (rows * columns)), expert)
                 scales, squares = [], 0.0
 
     def _add_error(self, values: Tensor, absmax: Tensor, first: int, count: int) -> None:
@@ -244,11 +248,18 @@ class _Weight:
             self.outliers.append(self._outlier(expert, row, block, float(absmax[row, block]), ratio))
 
     def _outlier(self, expert: int, row: int, block: int, absmax: float, ratio: float) -> OutlierBlock:
-        _, rows, columns = matrices(self.row.shape)
+        _, rows, columns = matrices(self.shape)
+        size = self.spec.block_size
         # Slices begin where a group of doubly quantized scales does.
-        start = row - row % NESTED_BLOCK_SIZE
-        packed = self.slices((expert * rows + start) * columns, (row - start + 1) * columns)
-        codes = _unpacked(packed)[-1][block * self.spec.block_size : (block + 1) * self.spec.block_size]
+        if self.row.flat:
+            start = block - block % NESTED_BLOCK_SIZE
+            packed = self.slices(start * size, min((block + 1) * size, columns) - start * size)
+            codes = _unpacked(packed)[-1][(block - start) * size :]
+            row = block * size // self.row.shape[-1]
+        else:
+            start = row - row % NESTED_BLOCK_SIZE
+            packed = self.slices((expert * rows + start) * columns, (row - start + 1) * columns)
+            codes = _unpacked(packed)[-1][block * size : (block + 1) * size]
         values = torch.tensor(self.spec.values)
         nearest = values.abs().min()
         zeros = float((values[codes.long()].abs() == nearest).double().mean())

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from qlora_rs.checkpoint.dequantized import open_float_source
 from qlora_rs.checkpoint.differences import DiffReport, TensorDiff
-from qlora_rs.checkpoint.flat import FlatWeight, is_flat, unaligned
+from qlora_rs.checkpoint.flat import FlatWeight, is_flat
 from qlora_rs.checkpoint.inspection import CheckpointInfo, TensorRow, inspect
 from qlora_rs.checkpoint.parts import StoredPart, stored_parts
 from qlora_rs.checkpoint.progress import ByteCounter, Progress
@@ -130,7 +130,9 @@ def _compare(name: str, a: _Side, b: _Side, counter: ByteCounter) -> TensorDiff:
     distance = None
     if row_a.shape == row_b.shape and all(row.kind == "packed" or row.dtype in VALUE_DTYPES for row in (row_a, row_b)):
         distance = _Distance()
-        whole_rows = any(row.kind == "packed" and side.flat(row) is None for row, side in ((row_a, a), (row_b, b)))
+        whole_rows = any(
+            row.kind == "packed" and not row.flat and side.flat(row) is None for row, side in ((row_a, a), (row_b, b))
+        )
         for first, count in element_ranges(row_a.shape, whole_rows):
             distance.add(a.values(row_a, first, count), b.values(row_b, first, count))
     if distance is None:
@@ -168,7 +170,7 @@ def _reasons(row_a: TensorRow, row_b: TensorRow, a: _Side, b: _Side) -> list[str
 
 
 def _layout_reasons(row_a: TensorRow, row_b: TensorRow, a: _Side, b: _Side) -> Iterator[str]:
-    """How the layouts of two packed weights differ, where one of them is bitsandbytes'."""
+    """How the layouts of two packed weights differ."""
     flat_a, flat_b = a.flat(row_a), b.flat(row_b)
     if flat_a is not None and flat_b is not None:
         if flat_a.dtype != flat_b.dtype:
@@ -176,11 +178,9 @@ def _layout_reasons(row_a: TensorRow, row_b: TensorRow, a: _Side, b: _Side) -> I
         types = [side.reader.source.tensors[row.name].dtype for side, row in ((a, row_a), (b, row_b))]
         if types[0] != types[1]:
             yield f"codes stored as {types[0]} / {types[1]}"
-    elif (flat_a is None) != (flat_b is None):
-        spec = a.spec_of(row_a)
-        if spec is not None and unaligned(row_a.shape, spec) is not None:
-            layouts = ["by rows" if flat is None else "flat" for flat in (flat_a, flat_b)]
-            yield f"blocks {layouts[0]} / {layouts[1]}"
+    elif row_a.flat != row_b.flat:
+        layouts = ["flat" if row.flat else "by rows" for row in (row_a, row_b)]
+        yield f"blocks {layouts[0]} / {layouts[1]}"
 
 
 def _parts(row_a: TensorRow, row_b: TensorRow, a: _Side, b: _Side, counter: ByteCounter) -> list[PartDifference]:
@@ -196,7 +196,7 @@ def _parts(row_a: TensorRow, row_b: TensorRow, a: _Side, b: _Side, counter: Byte
         return [_part(whole[0], whole[1], counter)]
     if spec_a is None or spec_b is None or spec_a.values != spec_b.values:
         return []
-    if (a.flat(row_a) is None) != (b.flat(row_b) is None) and unaligned(row_a.shape, spec_a) is not None:
+    if row_a.flat != row_b.flat and (a.flat(row_a) is None or b.flat(row_b) is None):
         return []
     pairs = zip(stored_parts(a.reader, row_a, spec_a), stored_parts(b.reader, row_b, spec_b), strict=False)
     return [_part(*pair, counter) for pair in pairs if pair[0].part == "codes" or spec_a == spec_b]

@@ -135,7 +135,7 @@ def convert(
         FormatError: a file is damaged, or a value does not fit float16.
         NonFiniteError: a weight that has to be quantized holds NaN or Inf.
         UnsupportedError: ``src`` is not packed, is ``native`` already, or holds what the other format cannot (a data
-            type without a name there, rows that are no whole blocks, another family or tokenizer than GGUF is written
+            type without a name there, rows that end in short blocks, another family or tokenizer than GGUF is written
             of); ``dst`` is no place for a model, or is being made by another command; gguf-py is not installed.
         ValueError: ``to`` or ``output_type`` names no format; an option is given where it means nothing.
         OSError: the system failed, with the file's name; what is finished of a folder stays for the same call.

@@ -49,8 +49,8 @@ class OutlierBlock:
     Attributes:
         name: of the weight.
         expert: which matrix of a stack; 0 of a single one.
-        row: of the matrix.
-        block: of the row, from 0.
+        row: of the matrix; where the block begins, if it runs over the end of a row.
+        block: of the row, from 0; of the whole weight where blocks run over the ends of rows.
         absmax: the block's largest absolute value, as packed.
         ratio: the same over the root mean square of the matrix.
         zeros: share of the block's values that have the code of the value nearest zero.
@@ -235,6 +235,6 @@ def parts_of(rows: Iterable[TensorRow], spec: QuantSpec) -> tuple[Part, ...]:
         size = sum(row.bytes for row in group)
         codes = size
         if kind == "packed":
-            codes = sum(math.prod(PackedShapes.of(row.shape, spec).codes) for row in group)
+            codes = sum(math.prod(PackedShapes.of(row.shape, spec, flat=row.flat).codes) for row in group)
         parts.append(Part(name, kind, len(group), sum(row.elements for row in group), codes, size - codes))
     return tuple(parts)

@@ -125,21 +125,19 @@ def expect_maps(source: Source, weight: FlatWeight, stored: Callable[[str], Tens
         _expect_map(source, weight.name, ".nested_quant_map", stored, scale_values())
 
 
-def aligned_packed(
+def shaped_packed(
     source: Source, weight: FlatWeight, stored: Callable[[str], Tensor], dtype: torch.dtype = torch.float32
 ) -> PackedTensor:
-    """The weight by rows, in the same memory.
+    """The weight in its shape, in the same memory: by rows, or flat where its blocks run over their ends.
 
     Raises:
-        UnsupportedError: its blocks cross rows, its shape is unknown, or its codes mean other values.
+        UnsupportedError: its shape is unknown, or its codes mean other values.
     """
-    reason = "its quant_state does not tell its shape" if weight.shape is None else unaligned(weight.shape, weight.spec)
-    if reason is not None or weight.shape is None:
-        raise UnsupportedError(
-            f"{_path(source, weight.name)}: tensor {weight.name!r}: {reason}; only weights whose rows are whole blocks "
-            "are taken over so far. `qlora-rs convert --to bf16` dequantizes those too, where they have a shape"
-        )
+    if weight.shape is None:
+        raise shapeless(source, weight)
     flat, shapes = flat_packed(source, weight, stored, dtype), PackedShapes.of(weight.shape, weight.spec)
+    if unaligned(weight.shape, weight.spec) is not None:
+        return replace(flat, shape=weight.shape, flat=True)
     scale, offset = flat.absmax_scale, flat.absmax_offset
     return replace(
         flat,
@@ -149,6 +147,12 @@ def aligned_packed(
         absmax_offset=None if offset is None else offset.repeat(math.prod(shapes.absmax_offset)),
         shape=weight.shape,
     )
+
+
+def shapeless(source: Source, weight: FlatWeight) -> UnsupportedError:
+    """What to raise where a weight's shape is needed and not told."""
+    where = f"{_path(source, weight.name)}: tensor {weight.name!r}"
+    return UnsupportedError(f"{where}: its quant_state does not tell its shape, and nothing else does")
 
 
 def unaligned(shape: tuple[int, ...], spec: QuantSpec) -> str | None:

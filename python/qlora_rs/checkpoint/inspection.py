@@ -8,10 +8,10 @@ import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from qlora_rs.checkpoint.dequantized import read_foreign
-from qlora_rs.checkpoint.flat import FlatWeight, is_flat, read_flat_weights
+from qlora_rs.checkpoint.flat import FlatWeight, is_flat, read_flat_weights, unaligned
 from qlora_rs.checkpoint.foreign import ForeignWeight
 from qlora_rs.checkpoint.gguf_source import METHOD as GGUF
 from qlora_rs.checkpoint.gguf_source import is_gguf_file, open_gguf
@@ -28,7 +28,7 @@ from qlora_rs.checkpoint.source import (
 )
 from qlora_rs.checkpoint.weights import TensorReader
 from qlora_rs.errors import FormatError, UnsupportedError
-from qlora_rs.packed import PackedShapes
+from qlora_rs.packed import PackedShapes, is_flat_layout
 from qlora_rs.spec import QuantSpec
 
 PARTS = ("_absmax", "_absmax_scale", "_absmax_offset")
@@ -45,6 +45,7 @@ class TensorRow:
         shape: logical shape; of a packed tensor (..., out, in).
         bytes: bytes of all its parts.
         file: the file that holds it.
+        flat: the blocks of a packed tensor run over the ends of its rows, as bitsandbytes has them.
     """
 
     name: str
@@ -53,6 +54,7 @@ class TensorRow:
     shape: tuple[int, ...]
     bytes: int
     file: str
+    flat: bool = False
 
     @property
     def elements(self) -> int:
@@ -207,11 +209,13 @@ class _Weight:
     shape: tuple[int, ...]
     nbytes: int
     parts: frozenset[str]
+    flat: bool = False
 
     @classmethod
     def of_flat(cls, source: Source, weight: FlatWeight) -> _Weight:
         shape = (2 * source.tensors[weight.name].nbytes,) if weight.shape is None else weight.shape
-        return cls(weight.name, weight.spec.quant_type, shape, weight.nbytes, frozenset(weight.parts))
+        flat = weight.shape is None or unaligned(shape, weight.spec) is not None
+        return cls(weight.name, weight.spec.quant_type, shape, weight.nbytes, frozenset(weight.parts), flat)
 
     @classmethod
     def of_foreign(cls, weight: ForeignWeight) -> _Weight:
@@ -260,7 +264,8 @@ def _weight_rows(source: Source, weights: Mapping[str, _Weight]) -> tuple[Tensor
     for name, tensor in source.tensors.items():
         if name in weights:
             weight = weights[name]
-            rows.append(TensorRow(weight.name, "packed", weight.dtype, weight.shape, weight.nbytes, tensor.file))
+            described = weight.name, "packed", weight.dtype, weight.shape, weight.nbytes, tensor.file, weight.flat
+            rows.append(TensorRow(*described))
         elif name not in parts:
             rows.append(_kept_row(tensor))
     return tuple(rows)
@@ -272,7 +277,8 @@ def _kept_row(tensor: StoredTensor) -> TensorRow:
 
 def _packed_row(source: Source, codes: StoredTensor, spec: QuantSpec) -> TensorRow:
     shape = logical_shape(source.path, codes, source.metadata[codes.file], spec)
-    shapes = PackedShapes.of(shape, spec)
+    flat = is_flat_layout(codes.shape, shape, spec)
+    shapes = PackedShapes.of(shape, spec, flat=flat)
     expected = {
         "": ("U8", shapes.codes),
         "_absmax": ("U8" if spec.double_quant else "I32", shapes.absmax),
@@ -284,23 +290,33 @@ def _packed_row(source: Source, codes: StoredTensor, spec: QuantSpec) -> TensorR
         expect_tensor(source, codes.file, codes.name + part, dtype, part_shape, spec.describe()).nbytes
         for part, (dtype, part_shape) in expected.items()
     )
-    return TensorRow(codes.name, "packed", spec.quant_type, shape, total, codes.file)
+    return TensorRow(codes.name, "packed", spec.quant_type, shape, total, codes.file, flat)
 
 
-def packed_shapes(source: Source, spec: QuantSpec) -> dict[str, tuple[int, ...]]:
-    """Logical shapes of the packed weights, native ones or bitsandbytes', by name.
+class PackedLayout(NamedTuple):
+    """Logical shape of a packed weight, and whether its blocks run over the ends of its rows."""
+
+    shape: tuple[int, ...]
+    flat: bool
+
+
+def packed_layouts(source: Source, spec: QuantSpec) -> dict[str, PackedLayout]:
+    """How the packed weights, native ones or bitsandbytes', are laid out, by name.
 
     Raises:
         FormatError, UnsupportedError: of what describes them.
     """
-    shapes = {
-        name: logical_shape(source.path, tensor, source.metadata[tensor.file], spec)
-        for name, tensor in source.tensors.items()
-        if f"{name}_absmax" in source.tensors
+    layouts = {}
+    for name, tensor in source.tensors.items():
+        if f"{name}_absmax" in source.tensors:
+            shape = logical_shape(source.path, tensor, source.metadata[tensor.file], spec)
+            layouts[name] = PackedLayout(shape, is_flat_layout(tensor.shape, shape, spec))
+    if layouts:
+        return layouts
+    weights = TensorReader(source).flat.items()
+    return {
+        name: PackedLayout(each.shape or (), unaligned(each.shape or (), spec) is not None) for name, each in weights
     }
-    if shapes:
-        return shapes
-    return {name: weight.shape or () for name, weight in TensorReader(source).flat.items()}
 
 
 def logical_shape(folder: Path, codes: StoredTensor, metadata: Mapping[str, str], spec: QuantSpec) -> tuple[int, ...]:

@@ -39,7 +39,8 @@ class StoredPart:
 def stored_parts(reader: SliceReader, row: TensorRow, spec: QuantSpec) -> list[StoredPart]:
     """The parts of a packed weight in the order of their names above.
 
-    A flat weight has one offset for all experts; it is given once for each, as the native layout has it.
+    A weight of bitsandbytes has one offset for all experts; where its blocks end with its rows it is given once for
+    each, as the native layout has it.
     """
     flat = reader.flat.get(row.name)
     suffixes = _NATIVE if flat is None else _FLAT
@@ -50,7 +51,8 @@ def stored_parts(reader: SliceReader, row: TensorRow, spec: QuantSpec) -> list[S
             parts.append(_part(reader, row.name + suffix, part, widths[part]))
     if flat is not None and flat.offset is not None:
         # A shape may claim any number of experts that hold nothing.
-        offsets = struct.pack("<f", flat.offset) * (math.prod(row.shape[:-2]) if row.elements else 1)
+        experts = 1 if row.flat or not row.elements else math.prod(row.shape[:-2])
+        offsets = struct.pack("<f", flat.offset) * experts
         content = torch.frombuffer(bytearray(offsets), dtype=torch.uint8)
         parts.append(StoredPart("absmax_offset", 32, len(offsets), lambda start, count: content[start : start + count]))
     return parts

@@ -158,15 +158,15 @@ def kept_values(reader: SliceReader, row: TensorRow, first: int, count: int) -> 
 
 
 def packed_values(reader: SliceReader, row: TensorRow, spec: QuantSpec, first: int, count: int) -> Tensor:
-    """``count`` dequantized float32 elements of a packed weight; of a native one ``first`` is of `element_ranges` in
-    whole rows.
+    """``count`` dequantized float32 elements of a packed weight; of one that is packed by rows in a native folder
+    ``first`` is of `element_ranges` in whole rows.
 
     Raises:
         FormatError: a code lies outside the codebook, or a file changed since its header was read.
     """
     try:
-        if row.name in reader.flat:
-            skipped, packed = flat_slice(reader, reader.flat[row.name], first, count)
+        if row.flat or row.name in reader.flat:
+            skipped, packed = flat_slice(reader, row, spec, first, count)
             return dequantize(packed).flatten()[skipped : skipped + count]
         return dequantize(packed_slice(reader, row, spec, first, count)).flatten()
     except ValueError as error:
@@ -197,23 +197,32 @@ def packed_slice(reader: SliceReader, row: TensorRow, spec: QuantSpec, first: in
     return PackedTensor(codes, absmax.view(taken, blocks), scale, offset, spec, (taken, columns), torch.float32)
 
 
-def flat_slice(reader: SliceReader, weight: FlatWeight, first: int, count: int) -> tuple[int, PackedTensor]:
-    """Elements of a bitsandbytes weight as one row, from where their group of scales begins; how many of them come
+def flat_slice(
+    reader: SliceReader, row: TensorRow, spec: QuantSpec, first: int, count: int
+) -> tuple[int, PackedTensor]:
+    """Elements of a weight that is packed as one row, from where their group of scales begins; how many of them come
     before ``first``.
     """
-    spec = weight.spec
+    weight = reader.flat.get(row.name)
+    absmax_name, scale_name = (
+        row.name + suffix
+        for suffix in (("_absmax", "_absmax_scale") if weight is None else (".absmax", ".nested_absmax"))
+    )
     start = first - first % (spec.block_size * NESTED_BLOCK_SIZE)
     taken = first + count - start
     block, blocks = start // spec.block_size, -(-taken // spec.block_size)
-    codes = reader.read(weight.name, start // 2, -(-taken // 2))
+    codes = reader.read(row.name, start * spec.bits // 8, -(-taken * spec.bits // 8))
     scale = offset = None
-    if weight.offset is None:
-        absmax = reader.read(f"{weight.name}.absmax", 4 * block, 4 * blocks).view(torch.float32)
+    if not spec.double_quant:
+        absmax = reader.read(absmax_name, 4 * block, 4 * blocks).view(torch.float32)
     else:
-        absmax = reader.read(f"{weight.name}.absmax", block, blocks)
+        absmax = reader.read(absmax_name, block, blocks)
         groups = -(-blocks // NESTED_BLOCK_SIZE)
-        scale = reader.read(f"{weight.name}.nested_absmax", block // NESTED_BLOCK_SIZE * 4, 4 * groups)
-        scale, offset = scale.view(torch.float32), torch.tensor([weight.offset], dtype=torch.float32)
+        scale = reader.read(scale_name, block // NESTED_BLOCK_SIZE * 4, 4 * groups).view(torch.float32)
+        if weight is None:
+            offset = reader.read(f"{row.name}_absmax_offset", 0, 4).view(torch.float32)
+        else:
+            offset = torch.tensor([weight.offset], dtype=torch.float32)
     packed = PackedTensor(codes.view(1, -1), absmax.view(1, -1), scale, offset, spec, (1, taken), torch.float32)
     return first - start, packed
 

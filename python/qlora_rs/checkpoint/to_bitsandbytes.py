@@ -71,7 +71,7 @@ def _plan_flat(job: Job, notes: list[str]) -> ModelPlan:
 
 def _flat_parts(job: Job, row: TensorRow, dtype: str) -> dict[str, Tensor]:
     """The parts of a weight by the end of their names; views of the files, or small."""
-    reason = flat.unaligned(row.shape, job.spec)
+    reason = None if row.flat else flat.unaligned(row.shape, job.spec)
     packed = job.packed(row)
     offset = None
     if packed.absmax_offset is not None:

@@ -285,10 +285,7 @@ def _by_rows(job: Job, row: TensorRow) -> PackedTensor | None:
     """A packed weight whose rows can be taken one by one, or None."""
     if row.kind != "packed" or job.stored_spec is None:
         return None
-    try:
-        return job.packed(row)
-    except UnsupportedError:
-        return None
+    return None if row.flat else job.packed(row)
 
 
 def _encoded(job: Job, planned: PlannedRow, piece: Tensor, gguf: Any) -> Any:

@@ -37,7 +37,7 @@ def plan_native(
         hashes: of the files that the weights were quantized from, to be recorded.
 
     Raises:
-        UnsupportedError: the source is native already, or holds weights that are no whole blocks by rows.
+        UnsupportedError: the source is native already, or holds weights whose shape is unknown.
     """
     if job.info.format == NATIVE:
         raise UnsupportedError(f"{job.info.path}: is in the native format already")
@@ -54,7 +54,7 @@ def plan_native(
         if not job.is_made:
             job.packed(row)  # everything that could be refused is refused before anything is written
         group = []
-        shapes = PackedShapes.of(row.shape, job.spec)
+        shapes = PackedShapes.of(row.shape, job.spec, flat=row.flat)
         sizes = (shapes.codes, shapes.absmax, shapes.absmax_scale, shapes.absmax_offset)
         for part, shape in zip(("", *PARTS), sizes, strict=True):
             if job.spec.double_quant or part in ("", "_absmax"):
@@ -63,7 +63,7 @@ def plan_native(
                 group.append(PlannedTensor(row.name + part, dtype, shape, size))
                 parts[row.name + part] = _native_part(job, row, part)
         together.append(group)
-        if row.shape[-1] % 2:
+        if row.flat or row.shape[-1] % 2:
             metadata[f"{row.name}.shape"] = json.dumps(list(row.shape))
     config = {
         **unquantized_config(job.source.config),

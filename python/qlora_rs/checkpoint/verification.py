@@ -25,6 +25,7 @@ from qlora_rs.checkpoint.verdicts import FileHash, PartDifference, TensorVerdict
 from qlora_rs.errors import UnsupportedError
 from qlora_rs.packed import PackedTensor
 from qlora_rs.quantization import quantize
+from qlora_rs.spec import QuantSpec
 
 CHECKS = ("all", "hashes", "tensors")
 NONFINITE = "the source weight holds NaN or infinite values, which quantize refuses"
@@ -46,7 +47,8 @@ def verify(
 
     A folder of bitsandbytes in 4 bits is checked alike. It records no hashes, and differs from what quantizing gives
     where a value lies at the border between two codes: there bitsandbytes rounds in its own way. Such differences are
-    counted, and are no fault.
+    counted, and are no fault; nor are they in weights of a native folder whose blocks run over the ends of rows, which
+    come from there.
 
     Args:
         packed: the packed folder.
@@ -135,7 +137,10 @@ class _Comparison:
         if row.kind != "packed":
             return self._kept(row)
         flat = self.packeds.flat.get(row.name)
-        return self._packed(row, tensor) if flat is None else self._flat(row, tensor, flat)
+        if flat is not None:
+            return self._flat(row, tensor, flat.spec)
+        assert self.info.spec is not None
+        return (self._flat if row.flat else self._packed)(row, tensor, self.info.spec)
 
     def _kept(self, row: TensorRow) -> TensorVerdict:
         differing = 0
@@ -145,9 +150,7 @@ class _Comparison:
             self.counter.add(count)
         return _verdict(row, [PartDifference("bytes", differing, row.bytes)])
 
-    def _packed(self, row: TensorRow, tensor: StoredTensor) -> TensorVerdict:
-        spec = self.info.spec
-        assert spec is not None
+    def _packed(self, row: TensorRow, tensor: StoredTensor, spec: QuantSpec) -> TensorVerdict:
         experts, rows, columns = matrices(row.shape)
         size = tensor.nbytes // max(1, experts)
         found: list[PartDifference] = []
@@ -163,12 +166,12 @@ class _Comparison:
             found += parts
         return _verdict(row, found, reason)
 
-    def _flat(self, row: TensorRow, tensor: StoredTensor, flat: FlatWeight) -> TensorVerdict:
+    def _flat(self, row: TensorRow, tensor: StoredTensor, spec: QuantSpec) -> TensorVerdict:
         """A weight that bitsandbytes packed, or `convert` in its format: one run of blocks over all its rows."""
         weight = self.originals.read(row.name, 0, tensor.nbytes).view(VALUE_DTYPES[tensor.dtype])
         finite = bool(torch.isfinite(weight).all())
-        made = quantize(weight.view(1, -1), flat.spec, nonfinite="propagate")
-        stored = {part.part: part for part in stored_parts(self.packeds, row, flat.spec)}
+        made = quantize(weight.view(1, -1), spec, nonfinite="propagate")
+        stored = {part.part: part for part in stored_parts(self.packeds, row, spec)}
         theirs: dict[str, Tensor] = {}
         found = []
         for part, values in made_parts(made):
@@ -178,7 +181,7 @@ class _Comparison:
             differing = count_differing(theirs[part], expected, bits)
             found.append(PartDifference(part, differing, 8 * expected.numel() // bits))
         if finite and any(part.differing for part in found):
-            found = with_borders(found, weight, made, theirs, flat.spec)
+            found = with_borders(found, weight, made, theirs, spec)
         self.counter.add(row.bytes)
         return _verdict(row, found, "" if finite or not any(part.differing for part in found) else NONFINITE)
 

@@ -13,11 +13,11 @@ from torch import Tensor
 
 from qlora_rs.checkpoint.choice import FLOAT_DTYPES
 from qlora_rs.checkpoint.dequantized import open_float_source
-from qlora_rs.checkpoint.flat import FlatWeight, aligned_packed, flat_packed, read_flat_weights
+from qlora_rs.checkpoint.flat import FlatWeight, flat_packed, read_flat_weights, shaped_packed, shapeless
 from qlora_rs.checkpoint.source import Source
 from qlora_rs.checkpoint.stored import StoredReader
-from qlora_rs.errors import FormatError, UnsupportedError
-from qlora_rs.packed import PackedTensor
+from qlora_rs.errors import FormatError
+from qlora_rs.packed import PackedTensor, is_flat_layout
 from qlora_rs.quantization import dequantize
 from qlora_rs.spec import QuantSpec
 
@@ -47,11 +47,12 @@ class TensorReader:
         """The packed weight ``name`` of logical ``shape``; `inspect` has checked that its parts fit together.
 
         Raises:
-            UnsupportedError: the file is bitsandbytes', and what it holds cannot be taken by rows (the reason is told).
+            UnsupportedError: the file is bitsandbytes', and does not tell the weight's shape, or its codes mean other
+                values than here.
         """
         if f"{name}_absmax" in self.source.tensors:
             return assemble_packed(self.stored, name, shape, spec, dtype)
-        return aligned_packed(self.source, self.flat[name], self.stored, dtype)
+        return shaped_packed(self.source, self.flat[name], self.stored, dtype)
 
     def dequantized(
         self, name: str, shape: tuple[int, ...], spec: QuantSpec, dtype: torch.dtype = torch.float32
@@ -67,8 +68,7 @@ class TensorReader:
         else:
             weight = self.flat[name]
             if weight.shape is None:
-                path = self.source.path / self.source.tensors[name].file
-                raise UnsupportedError(f"{path}: tensor {name!r}: its quant_state does not tell its shape")
+                raise shapeless(self.source, weight)
             packed = flat_packed(self.source, weight, self.stored)
         try:
             result = dequantize(packed, dtype)
@@ -92,14 +92,16 @@ def assemble_packed(
         tensor = stored(name + part)
         return tensor.view(torch.float32) if tensor.dtype == torch.int32 else tensor
 
+    codes = stored(name)
     return PackedTensor(
-        codes=stored(name),
+        codes=codes,
         absmax=scales("_absmax"),
         absmax_scale=scales("_absmax_scale") if spec.double_quant else None,
         absmax_offset=scales("_absmax_offset") if spec.double_quant else None,
         spec=spec,
         shape=shape,
         dtype=dtype,
+        flat=is_flat_layout(tuple(codes.shape), shape, spec),
     )
 
 

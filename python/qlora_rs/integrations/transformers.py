@@ -19,7 +19,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from qlora_rs import ops
-from qlora_rs.checkpoint.inspection import packed_shapes
+from qlora_rs.checkpoint.inspection import PackedLayout, packed_layouts
 from qlora_rs.checkpoint.source import FORMAT_VERSION, Source, StoredTensor, check_format_version, read_file
 from qlora_rs.errors import FormatError, QloraError, UnsupportedError
 from qlora_rs.linear import Linear4bit
@@ -152,19 +152,25 @@ class QloraRsQuantizer(HfQuantizer):  # type: ignore[misc]
         linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
         asked = self.quantization_config
         if self.pre_quantized and not files and (asked.files or asked.awaited):
-            shapes = asked.awaited or _shapes_in_files(asked.files, self.spec)
-            awaited = _packed_layers(model, shapes, Path(asked.files[0]).parent if asked.files else Path())
-            for name, stored in awaited.items():
-                replace_module(model, name, AwaitedLayer(model.get_submodule(name), stored))
+            layouts = {name: PackedLayout(shape, flat=False) for name, shape in asked.awaited.items()}
+            layouts = layouts or _layouts_in_files(asked.files, self.spec)
+            awaited = _packed_layers(model, layouts, Path(asked.files[0]).parent if asked.files else Path())
+            for name, weight in awaited.items():
+                replace_module(model, name, AwaitedLayer(model.get_submodule(name), weight))
             packed = list(awaited)
         else:
+            flat: set[str] = set()
             if self.pre_quantized and files:
-                packed = list(_packed_layers(model, _shapes_in_files(files, self.spec), Path(files[0]).parent))
+                layouts = _layouts_in_files(files, self.spec)
+                stored = _packed_layers(model, layouts, Path(files[0]).parent)
+                packed = list(stored)
+                flat = {name for name in packed if layouts[stored[name]].flat}
             else:
                 skip = self.quantization_config.modules_to_not_convert
                 packed = list(select_linear(model, skip_modules=skip or None).packed)
             for name in packed:
-                replace_module(model, name, _empty_layer(model.get_submodule(name), self.spec, self.pre_quantized))
+                linear = model.get_submodule(name)
+                replace_module(model, name, _empty_layer(linear, self.spec, self.pre_quantized, name in flat))
         stays = [name for name in linears if name not in set(packed)]
         self.quantization_config.modules_to_not_convert = stays
         return model
@@ -213,30 +219,30 @@ def require_device(device: object) -> None:
 
 
 def odd_shapes(model: nn.Module) -> dict[str, str]:
-    """Metadata ``NAME.shape`` of packed weights with an odd number of columns."""
+    """Metadata ``NAME.shape`` of packed weights whose codes cannot tell it: odd numbers of columns, flat ones."""
     return {
         f"{name}.weight.shape": json.dumps([module.out_features, module.in_features])
         for name, module in model.named_modules()
-        if isinstance(module, Linear4bit) and module.spec.bits == 4 and module.in_features % 2
+        if isinstance(module, Linear4bit) and (module.flat or (module.spec.bits == 4 and module.in_features % 2))
     }
 
 
-def _shapes_in_files(files: Sequence[str], spec: QuantSpec) -> dict[str, tuple[int, ...]]:
+def _layouts_in_files(files: Sequence[str], spec: QuantSpec) -> dict[str, PackedLayout]:
     """Names and shapes of the weights that the files hold packed; they are the truth, not config.json."""
     tensors: dict[str, StoredTensor] = {}
     metadata: dict[str, dict[str, str]] = {}
     for file in map(Path, files):
         stored, metadata[file.name] = read_file(file.parent, file.name)
         tensors |= {tensor.name: tensor for tensor in stored}
-    return packed_shapes(Source(Path(files[0]).parent, {}, tuple(metadata), tensors, metadata), spec)
+    return packed_layouts(Source(Path(files[0]).parent, {}, tuple(metadata), tensors, metadata), spec)
 
 
-def _packed_layers(model: Any, shapes: Mapping[str, tuple[int, ...]], folder: Path) -> dict[str, str]:
-    """The model's Linear layers whose weights are among those with ``shapes``, and the weights' names there."""
+def _packed_layers(model: Any, layouts: Mapping[str, PackedLayout], folder: Path) -> dict[str, str]:
+    """The model's Linear layers whose weights are among those with ``layouts``, and the weights' names there."""
     prefix = str(getattr(model, "base_model_prefix", "") or "")
     parameters = dict(model.named_parameters())
     packed = {}
-    for name in sorted(shapes):
+    for name in sorted(layouts):
         candidates = (name, f"{prefix}.{name}", name.removeprefix(f"{prefix}."))
         found = next((candidate for candidate in candidates if candidate in parameters), None)
         if found is None:
@@ -253,7 +259,7 @@ def _packed_layers(model: Any, shapes: Mapping[str, tuple[int, ...]], folder: Pa
                 f"{name} is packed, but belongs to a {type(owner).__name__}: only Linear layers compute in 4 bits; "
                 "quantize the model again without --include for it"
             )
-        shape = shapes[name]
+        shape = layouts[name].shape
         if shape != tuple(owner.weight.shape):
             raise FormatError(
                 f"{folder}: the packed weight {name!r} has shape {list(shape)}, but config.json asks for "
@@ -290,7 +296,7 @@ def fill_awaited(model: nn.Module, packed: Callable[[str, tuple[int, int], torch
             replace_module(model, name, layer.train(module.training))
 
 
-def _empty_layer(linear: nn.Linear, spec: QuantSpec, pre_quantized: bool) -> Linear4bit:
+def _empty_layer(linear: nn.Linear, spec: QuantSpec, pre_quantized: bool, flat: bool) -> Linear4bit:
     """A layer on the meta device, to be filled from the file."""
     dtype = linear.weight.dtype
     layer = Linear4bit(
@@ -300,6 +306,7 @@ def _empty_layer(linear: nn.Linear, spec: QuantSpec, pre_quantized: bool) -> Lin
         spec,
         float_dtype=dtype,
         device="meta",
+        flat=flat,
     )
     if not pre_quantized:
         # Loaders cast to the type and compare the shape of what stands here: it has to look like the file's tensor.

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from qlora_rs.linear import Linear4bit
-from qlora_rs.paged_product import PagedBlock, PagedProduct
+from qlora_rs.paged_product import PagedBlock
 from qlora_rs.pool import PagedPool
 
 Progress = Callable[[int, int], object]
@@ -56,7 +56,7 @@ class PagedWeights:
         members = list(layers.values())
         block = PagedBlock(self.pool, name, [layer.parts() for layer in members])
         for number, layer in enumerate(members):
-            layer.page(PagedProduct(block, number, layer.in_features, layer.spec))
+            layer.page(layer.paged_in(block, number))
         self._layers += members
         self.blocks[name] = block.buffer.nbytes
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
+from qlora_rs.paging.activations import saved_activations
 from qlora_rs.paging.weights import PagedWeights, page_weights
 from qlora_rs.pool import PagedBuffer, PagedPool, PoolStats
 
-__all__ = ["PagedBuffer", "PagedPool", "PagedWeights", "PoolStats", "page_weights"]
+__all__ = ["PagedBuffer", "PagedPool", "PagedWeights", "PoolStats", "page_weights", "saved_activations"]

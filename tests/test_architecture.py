@@ -40,7 +40,7 @@ LAYERS = (
     {"linear"},
     {"selection"},
     {"checkpoint"},
-    {"lora"},
+    {"chunked_loss", "lora"},
     {"adapters", "adapter_merge"},
     {"paging"},
     {"merge"},

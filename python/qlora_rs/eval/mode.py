@@ -48,4 +48,6 @@ def own_random_state(device: torch.device) -> Iterator[None]:
 
 def device_of(model: nn.Module) -> torch.device:
     """Where the model's inputs belong."""
-    return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    # Integers may be a paged weight's, which are on the host wherever the model computes.
+    devices = [parameter.device for parameter in model.parameters() if parameter.is_floating_point()]
+    return devices[0] if devices else torch.device("cpu")

@@ -3,7 +3,20 @@
 from __future__ import annotations
 
 from qlora_rs.paging.activations import saved_activations
+from qlora_rs.paging.fit import Fitted, fit
+from qlora_rs.paging.plan import Part, Plan
 from qlora_rs.paging.weights import PagedWeights, page_weights
 from qlora_rs.pool import PagedBuffer, PagedPool, PoolStats
 
-__all__ = ["PagedBuffer", "PagedPool", "PagedWeights", "PoolStats", "page_weights", "saved_activations"]
+__all__ = [
+    "Fitted",
+    "PagedBuffer",
+    "PagedPool",
+    "PagedWeights",
+    "Part",
+    "Plan",
+    "PoolStats",
+    "fit",
+    "page_weights",
+    "saved_activations",
+]

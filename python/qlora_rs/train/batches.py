@@ -9,9 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from qlora_rs.chunked_loss import IGNORED
 from qlora_rs.train.encoding import Sample
-
-IGNORED = -100
 
 
 @dataclass(frozen=True)

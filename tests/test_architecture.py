@@ -55,7 +55,7 @@ LAYERS = (
 CRATE_MAY_USE = {
     "qlora-core": set(),
     "qlora-checkpoint": {"qlora-core"},
-    "qlora-cuda": {"qlora-core"},
+    "qlora-cuda": {"qlora-core", "qlora-paging"},
     "qlora-paging": set(),
     "qlora-py": {"qlora-core", "qlora-checkpoint", "qlora-cuda", "qlora-paging"},
 }

@@ -6,7 +6,6 @@ queued on torch's current stream, its memory comes from torch's allocator.
 
 from __future__ import annotations
 
-import ctypes
 import math
 import weakref
 from collections.abc import Callable, Mapping, Sequence
@@ -14,6 +13,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils.dlpack import from_dlpack
 
 from qlora_rs import _core
 from qlora_rs.packed import PackedShapes
@@ -364,17 +364,29 @@ def stream_of(device: torch.device) -> int:
     return 0 if device.type == "cpu" else _queue(device)[1]
 
 
-def host_view(address: int, shape: torch.Size, dtype: torch.dtype, owner: object) -> Tensor:
-    """Host memory as a tensor that keeps its owner alive."""
-    memory = (ctypes.c_uint8 * (shape.numel() * dtype.itemsize)).from_address(address)
-    memory._owner = owner  # type: ignore[attr-defined]
-    return torch.frombuffer(memory, dtype=torch.uint8).view(dtype).view(shape)
+# DLPack's (code, bits); other types are taken through as bytes.
+_DLPACK_TYPES = {
+    torch.float64: (2, 64),
+    torch.float32: (2, 32),
+    torch.float16: (2, 16),
+    torch.bfloat16: (4, 16),
+    torch.int64: (0, 64),
+    torch.int32: (0, 32),
+    torch.int16: (0, 16),
+    torch.int8: (0, 8),
+    torch.uint8: (1, 8),
+}
 
 
-def fill_buffer(pool: _core.HostPool, number: int, tensor: Tensor) -> None:
-    """Copy a tensor's bytes into a paged buffer of as many."""
-    source = tensor.detach().cpu().contiguous()
-    pool.fill(number, (source.data_ptr(), source.nbytes))
+def pool_tensor(
+    pool: _core.Pool, address: int, *, host: bool, shape: torch.Size, dtype: torch.dtype, owner: object
+) -> Tensor:
+    """Contiguous memory of a paged pool, on its device or the host, as a tensor, which keeps its owner alive."""
+    known = _DLPACK_TYPES.get(dtype)
+    if known is None:
+        flat = torch.Size((shape.numel() * dtype.itemsize,))
+        return pool_tensor(pool, address, host=host, shape=flat, dtype=torch.uint8, owner=owner).view(dtype).view(shape)
+    return from_dlpack(pool.capsule(address, host=host, shape=shape, dtype=known, owner=owner))
 
 
 class StateArray(NamedTuple):

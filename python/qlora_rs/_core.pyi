@@ -69,17 +69,36 @@ class DeviceWeight:
         """
 
 @final
-class HostPool:
+class Pool:
     """
-    Buffers in ordinary memory, by number. Addresses are good as long as the pool; see `qlora_rs.paging` for the rest.
+    Buffers under a budget, by number. Addresses are good as long as the pool; see `qlora_rs.paging` for the rest.
     """
-    def __new__(cls, /, *, frames: SupportsIndex, page_bytes: SupportsIndex, policy: str) -> HostPool:
+    def __new__(
+        cls, /, *, frames: SupportsIndex, page_bytes: SupportsIndex, policy: str, device: SupportsIndex | None
+    ) -> Pool:
         """
-        `policy`: "trace" or "lru".
+        `policy`: "trace" or "lru". `device`: index of the CUDA device; None: frames in ordinary memory.
         """
-    def acquire(self, /, buffer: SupportsIndex, *, stream: SupportsIndex, write: bool) -> int:
+    def acquire(self, /, buffer: SupportsIndex, *, stream: SupportsIndex, mode: str) -> int:
         """
-        Address of the buffer, until `release`.
+        Address of the buffer, until `release`. `mode`: "read", "write" or "overwrite".
+        """
+    def begin_fill(self, /, buffer: SupportsIndex) -> int:
+        """
+        Address in host memory at which the caller gives the whole buffer new content.
+        """
+    def capsule(
+        self,
+        /,
+        address: SupportsIndex,
+        *,
+        host: bool,
+        shape: SupportsGetItem[int, SupportsIndex],
+        dtype: tuple[SupportsIndex, SupportsIndex],
+        owner: Any,
+    ) -> Any:
+        """
+        A `DLPack` capsule of memory of this pool (`host`: of its host memory); `dtype`: `DLPack`'s (code, bits).
         """
     def create(self, /, name: str, bytes: SupportsIndex) -> int:
         """
@@ -89,9 +108,13 @@ class HostPool:
         """
         Forget the content: zeros again.
         """
-    def fill(self, /, buffer: SupportsIndex, source: tuple[SupportsIndex, SupportsIndex]) -> None:
+    def end_fill(self, /, buffer: SupportsIndex, *, whole: bool) -> None:
         """
-        Replace the content by `source`'s (address, bytes), which are as many as the buffer was created with.
+        The content is whole, or else the buffer is zeros.
+        """
+    def flush(self, /, buffer: SupportsIndex) -> None:
+        """
+        Queue the copy of what changed to the host.
         """
     def frame_map(self, /) -> list[tuple[int, int] | None]:
         """
@@ -125,9 +148,21 @@ class HostPool:
         """
         Ends the stream's last `acquire`.
         """
+    def reserve(self, /, bytes: SupportsIndex, *, progress: Any | None) -> int:
+        """
+        Make host memory ready for buffers of so many bytes; the bytes that were made ready.
+        """
+    def start_timeline(self, /) -> None:
+        """
+        Record what happens when.
+        """
     def stats(self, /) -> dict[str, Any]:
         """
         Counts so far, and how the pool stands.
+        """
+    def stop_timeline(self, /) -> list[tuple[str, int | None, str, float, float]]:
+        """
+        What happened when: (lane, stream, buffer, begin, end), in seconds.
         """
 
 @final

@@ -19,7 +19,7 @@ from __future__ import annotations
 import contextlib
 import math
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -27,10 +27,10 @@ import torch
 from torch import Tensor
 
 from qlora_rs import _bridge, _core
-from qlora_rs.errors import PageError, UnsupportedError
+from qlora_rs.errors import DeviceError, PageError, UnsupportedError
 from qlora_rs.report import format_bytes, parse_bytes
 
-Mode = Literal["read", "write"]
+Mode = Literal["read", "write", "overwrite"]
 Policy = Literal["trace", "lru"]
 
 _PAGE_SIZE = 16 << 20
@@ -56,7 +56,7 @@ class PoolStats:
         trace_breaks: how often the learned order of uses turned out to be another.
         trace_period: uses after which the order repeats, several of one buffer in a row being one; None while it is
             unknown.
-        stall_seconds: how long computing has waited for copies.
+        stall_seconds: how long computing has waited for copies (on a CUDA device: streams, of waits that have ended).
     """
 
     limit_bytes: int
@@ -90,23 +90,49 @@ class PoolStats:
         )
 
 
+@dataclass(frozen=True)
+class Span:
+    """A piece of a timeline (`PagedPool.record_timeline`).
+
+    Attributes:
+        lane: ``"in"`` and ``"out"``: copies from and to the host; ``"compute"``: a stream from acquiring a buffer until
+            releasing it; ``"wait"``: a stream stood still for a buffer that was on its way.
+        stream: number of the stream of the last two.
+        buffer: name of the buffer.
+        begin: seconds since the timeline was started.
+        end: the same, of its end.
+    """
+
+    lane: Literal["in", "out", "compute", "wait"]
+    stream: int | None
+    buffer: str
+    begin: float
+    end: float
+
+
 class PagedPool:
     """A budget of device memory that buffers share, and host memory behind it.
 
     A buffer takes whole pages, so many small tensors belong into one buffer. A pool may be used from any thread; each
     call is short. A forked child must not use its parent's pool.
 
+    On a CUDA device work is queued: acquiring a buffer makes torch's current stream wait for what has to come first,
+    never the host, and releasing it ends with what is queued on that stream until then. The host memory is pinned; see
+    `reserve`.
+
     Args:
-        budget: bytes of device memory, e.g. ``"24GiB"`` (`qlora_rs.report.parse_bytes`); rounded down to pages.
+        budget: bytes of device memory, e.g. ``"24GiB"`` (`qlora_rs.report.parse_bytes`); rounded down to pages. It is
+            taken as it is needed, not at once.
         device: ``"cpu"``: frames are in ordinary memory, with the policy and bookkeeping that a device gets.
-        page_size: bytes of a page, a multiple of 4096.
+            ``"cuda"``, ``"cuda:1"``: on a CUDA device, without an index on the current one.
+        page_size: bytes of a page: a multiple of 4096, on a CUDA device of 2 MiB.
         policy: ``"trace"`` learns the order of uses; ``"lru"`` lets the page leave that was used longest ago, and
             fetches nothing ahead.
 
     Raises:
         ValueError: a budget of no page, or a page size that cannot be.
         UnsupportedError: a device for which there is no pool.
-        DeviceError: the system gives no memory.
+        DeviceError: the system gives no memory, or there is no such device.
     """
 
     def __init__(
@@ -117,13 +143,14 @@ class PagedPool:
         page_size: int | str = _PAGE_SIZE,
         policy: Policy = "trace",
     ) -> None:
-        self.device = torch.device(device)
-        if self.device.type != "cpu":
-            raise UnsupportedError(f"there is no paged pool on {self.device} yet; what there is: device='cpu'")
+        where = torch.device(device)
+        if where.type not in ("cpu", "cuda"):
+            raise UnsupportedError(f"there is no paged pool on {where}; there is on device='cpu' and device='cuda'")
         self.page_size = parse_bytes(page_size)
         frames = parse_bytes(budget) // self.page_size if self.page_size > 0 else 0
         self.budget = frames * self.page_size
-        self._core = _core.HostPool(frames=frames, page_bytes=self.page_size, policy=policy)
+        self.device = where if where.type == "cpu" else _cuda_device(where)
+        self._core = _core.Pool(frames=frames, page_bytes=self.page_size, policy=policy, device=self.device.index)
         self._buffers: weakref.WeakSet[PagedBuffer] = weakref.WeakSet()
 
     def zeros(self, shape: Sequence[int] | int, dtype: torch.dtype = torch.float32, *, name: str = "") -> PagedBuffer:
@@ -142,6 +169,24 @@ class PagedPool:
         shape = (shape,) if isinstance(shape, int) else tuple(shape)
         number = self._core.create(name, math.prod(shape) * dtype.itemsize)
         return PagedBuffer(self, number, shape, dtype, name)
+
+    def reserve(self, bytes: int | str, *, progress: Callable[[int, int], object] | None = None) -> int:
+        """Make host memory ready for buffers of so many bytes together, ahead of their creation.
+
+        On a CUDA device this pins it, some GB a second; what is ready can be used while the rest is not, so a thread
+        may do it beside other work. Without it memory is pinned as buffers are created.
+
+        Args:
+            bytes: how many, e.g. ``"35GB"``.
+            progress: told (bytes ready, bytes in all); raising ends the call, and what is ready stays.
+
+        Returns:
+            The bytes that were made ready.
+
+        Raises:
+            DeviceError: the host has no more; the message says how much it had.
+        """
+        return self._core.reserve(parse_bytes(bytes), progress=progress)
 
     def store(self, tensor: Tensor, *, name: str = "", frozen: bool = True) -> PagedBuffer:
         """A new buffer that holds a copy of a tensor (of any device); as `zeros` otherwise.
@@ -175,6 +220,26 @@ class PagedPool:
     def reclaim(self) -> None:
         """Use the whole budget again."""
         self._core.reclaim()
+
+    @contextlib.contextmanager
+    def record_timeline(self) -> Iterator[list[Span]]:
+        """Record what happens when, for the length of a ``with`` block; the list is filled, by ``begin``, when it ends.
+
+        The host waits at both ends. One timeline at a time: a second one takes the first one's place.
+
+        >>> pool = PagedPool("64KiB", page_size=4096)
+        >>> buffer = pool.zeros(100, name="moments")
+        >>> with pool.record_timeline() as spans, buffer.acquired("write") as values:
+        ...     _ = values.add_(1)
+        >>> [(span.lane, span.buffer) for span in spans]
+        [('in', 'moments'), ('wait', 'moments'), ('compute', 'moments')]
+        """
+        spans: list[Span] = []
+        self._core.start_timeline()
+        try:
+            yield spans
+        finally:
+            spans.extend(Span(*row) for row in self._core.stop_timeline())  # type: ignore[arg-type]
 
     def stats(self) -> PoolStats:
         """Counts since the pool was made, and how it stands."""
@@ -217,24 +282,34 @@ class PagedBuffer:
     def acquire(self, mode: Mode = "read") -> Tensor:
         """The tensor on the pool's device, good until `release`; next time its memory may be elsewhere.
 
+        On a CUDA device it belongs to torch's current stream: work on it that is queued there between `acquire` and
+        `release` is in order with copies and with other streams' uses. Other streams must be made to wait for this one
+        and this one for them, as for any tensor.
+
+        In the capture of a CUDA graph only a buffer that is acquired already can be: its address must hold for every
+        replay. Acquire it before, for writing if the graph writes, and release it after the last replay.
+
         Args:
-            mode: ``"read"``, or ``"write"`` where its values may change.
+            mode: ``"read"``; ``"write"`` where its values may change; ``"overwrite"`` where all of them will be set, so
+                that they need not be fetched (until then they are anything).
 
         Raises:
             PageError: no room beside other acquired buffers; it is frozen, freed, or acquired by others.
         """
-        if mode not in ("read", "write"):
-            raise ValueError(f"mode is 'read' or 'write', got {mode!r}")
-        address = self.pool._core.acquire(
-            self._number, stream=_bridge.stream_of(self.pool.device), write=mode == "write"
+        pool = self.pool
+        return self._view(
+            pool._core.acquire(self._number, stream=_bridge.stream_of(pool.device), mode=mode), host=False
         )
-        return _bridge.host_view(address, self.shape, self.dtype, self)
+
+    def _view(self, address: int, *, host: bool) -> Tensor:
+        core = self.pool._core
+        return _bridge.pool_tensor(core, address, host=host, shape=self.shape, dtype=self.dtype, owner=self)
 
     def release(self) -> None:
-        """End the last `acquire`: its tensor must not be used any more.
+        """End the last `acquire` on torch's current stream: its tensor must not be used in what is queued from now on.
 
         Raises:
-            PageError: it is not acquired.
+            PageError: it is not acquired there.
         """
         self.pool._core.release(self._number, stream=_bridge.stream_of(self.pool.device))
 
@@ -250,19 +325,43 @@ class PagedBuffer:
     def host(self) -> Tensor:
         """The values as a CPU tensor in the pool's own memory, good until the buffer is next acquired for writing.
 
-        It must not be written to.
+        It must not be written to. The host waits until the values are there.
 
         Raises:
             PageError: it is acquired for writing, or was freed.
         """
-        return _bridge.host_view(self.pool._core.host(self._number), self.shape, self.dtype, self)
+        return self._view(self.pool._core.host(self._number), host=True)
 
     def to_tensor(self) -> Tensor:
         """The values as a new CPU tensor."""
         return self.host().clone()
 
+    def flush(self) -> None:
+        """Queue the copy of changed values to the host now, so that nobody has to wait for it later."""
+        self.pool._core.flush(self._number)
+
+    @contextlib.contextmanager
+    def filling(self) -> Iterator[Tensor]:
+        """A CPU tensor in the pool's own memory, to be given all new values in a ``with`` block.
+
+        Nobody can acquire the buffer meanwhile. Where the block raises, the buffer is zeros.
+
+        Raises:
+            PageError: it is acquired, frozen or freed.
+        """
+        address = self.pool._core.begin_fill(self._number)
+        whole = False
+        try:
+            yield self._view(address, host=True)
+            whole = True
+        finally:
+            self.pool._core.end_fill(self._number, whole=whole)
+
     def copy_(self, tensor: Tensor) -> PagedBuffer:
-        """Replace the values by those of a tensor of the same shape and type.
+        """Replace the values by those of a tensor of the same shape and type, of any device.
+
+        Values on a CUDA device are copied there, on torch's current stream, and written back when they have to leave;
+        the host does not wait. Others go to the host's memory.
 
         Raises:
             PageError: it is acquired, frozen or freed.
@@ -271,8 +370,25 @@ class PagedBuffer:
         if tensor.shape != self.shape or tensor.dtype != self.dtype:
             got = f"{list(tensor.shape)} of {tensor.dtype}"
             raise ValueError(f"buffer {self.name!r} holds {list(self.shape)} of {self.dtype}, got {got}")
-        _bridge.fill_buffer(self.pool._core, self._number, tensor)
+        source = tensor.detach()
+        if source.device.type != "cuda" or self.pool.device.type != "cuda" or not self._copy_on_device(source):
+            with self.filling() as values:
+                values.copy_(source)
         return self
+
+    def _copy_on_device(self, source: Tensor) -> bool:
+        """False where other acquired buffers leave no room."""
+        try:
+            values = self.acquire("overwrite")
+        except PageError:
+            if torch.cuda.is_current_stream_capturing():
+                raise
+            return False
+        try:
+            values.copy_(source)
+        finally:
+            self.release()
+        return True
 
     def freeze(self) -> PagedBuffer:
         """From now on the buffer is only read, and never copied back."""
@@ -302,7 +418,16 @@ class PagedBuffer:
         return f"PagedBuffer({self.name!r}, shape={list(self.shape)}, dtype={self.dtype})"
 
 
-def _free_quietly(core: _core.HostPool, number: int) -> None:
+def _cuda_device(device: torch.device) -> torch.device:
+    """With its index; torch's CUDA is started."""
+    reason = _core.driver_probe()["reason"]
+    if reason is not None or not torch.cuda.is_available():
+        raise DeviceError(f"a paged pool on {device} needs a CUDA device: {reason or 'torch finds none'}")
+    torch.cuda.init()
+    return device if device.index is not None else torch.device("cuda", torch.cuda.current_device())
+
+
+def _free_quietly(core: _core.Pool, number: int) -> None:
     # Acquired and forgotten: its pages stay as long as the pool.
     with contextlib.suppress(PageError):
         core.free(number)

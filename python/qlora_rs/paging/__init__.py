@@ -6,7 +6,7 @@ from qlora_rs.paging.activations import saved_activations
 from qlora_rs.paging.fit import Fitted, fit
 from qlora_rs.paging.plan import Part, Plan
 from qlora_rs.paging.weights import PagedWeights, page_weights
-from qlora_rs.pool import PagedBuffer, PagedPool, PoolStats
+from qlora_rs.pool import PagedBuffer, PagedPool, PoolStats, Span
 
 __all__ = [
     "Fitted",
@@ -16,6 +16,7 @@ __all__ = [
     "Part",
     "Plan",
     "PoolStats",
+    "Span",
     "fit",
     "page_weights",
     "saved_activations",

@@ -22,6 +22,9 @@ const LEAST_CAPABILITY: (i32, i32) = (7, 5);
 #[derive(Debug)]
 pub struct Device {
     context: sys::CUcontext,
+    handle: sys::CUdevice,
+    /// Its index.
+    pub ordinal: i32,
     /// Compute capability, (major, minor).
     pub capability: (i32, i32),
     /// Number of streaming multiprocessors.
@@ -45,15 +48,24 @@ static STARTING: Mutex<()> = Mutex::new(());
 /// The process that started CUDA; 0 before.
 static OWNER: AtomicU32 = AtomicU32::new(0);
 
+/// A forked child cannot use the devices of its parent.
+///
+/// # Errors
+/// [`CudaError::Forked`] there.
+pub(crate) fn not_forked() -> Result<(), CudaError> {
+    let owner = OWNER.load(Ordering::Acquire);
+    if owner != 0 && owner != std::process::id() {
+        return Err(CudaError::Forked);
+    }
+    Ok(())
+}
+
 /// The device of this index, its primary context retained on the first call.
 ///
 /// # Errors
 /// [`CudaError`] says why it cannot be used.
 pub fn device(ordinal: i32) -> Result<&'static Device, CudaError> {
-    let owner = OWNER.load(Ordering::Acquire);
-    if owner != 0 && owner != std::process::id() {
-        return Err(CudaError::Forked);
-    }
+    not_forked()?;
     let slot = usize::try_from(ordinal).ok().and_then(|index| DEVICES.get(index));
     if let Some(device) = slot.and_then(OnceLock::get) {
         return Ok(device);
@@ -90,6 +102,8 @@ fn open(ordinal: i32, driver: (i32, i32)) -> Result<Device, CudaError> {
     Ok(Device {
         // SAFETY: `handle` was returned by cuDeviceGet. Never released: torch holds the same context to the end.
         context: unsafe { result::primary_ctx::retain(handle) }.map_err(failed("cuDevicePrimaryCtxRetain"))?,
+        handle,
+        ordinal,
         capability,
         multiprocessors: unsigned(Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?.max(1),
         driver,
@@ -100,6 +114,27 @@ fn open(ordinal: i32, driver: (i32, i32)) -> Result<Device, CudaError> {
 }
 
 impl Device {
+    pub(crate) fn attribute(&self, which: sys::CUdevice_attribute) -> Result<i32, CudaError> {
+        attribute(self.handle, which)
+    }
+
+    /// Where it is on the PCI bus, as sysfs writes it: `0000:3b:00.0`.
+    pub(crate) fn pci_address(&self) -> Result<String, CudaError> {
+        let mut name = [0_u8; 32];
+        // SAFETY: the pointer is to a live local of the length that is said; the handle was returned by cuDeviceGet.
+        unsafe { sys::cuDeviceGetPCIBusId(name.as_mut_ptr().cast(), name.len() as i32, self.handle) }
+            .result()
+            .map_err(failed("cuDeviceGetPCIBusId"))?;
+        let end = name.iter().position(|&byte| byte == 0).unwrap_or(name.len());
+        Ok(String::from_utf8_lossy(&name[..end]).to_lowercase())
+    }
+
+    /// Bytes of device memory in all.
+    pub(crate) fn memory_bytes(&self) -> Result<usize, CudaError> {
+        // SAFETY: the handle was returned by cuDeviceGet.
+        unsafe { result::device::total_mem(self.handle) }.map_err(failed("cuDeviceTotalMem"))
+    }
+
     /// Can a kernel start before the one before it has ended, also in a graph that is captured? Kernels for 9.0 and
     /// later wait by themselves; older ones do not know how.
     pub(crate) fn overlaps(&self) -> bool {
@@ -141,5 +176,29 @@ impl Drop for Entered {
             // SAFETY: pops what `enter` pushed on this thread. A failure leaves the context current, which harms nobody.
             let _ = unsafe { sys::cuCtxPopCurrent_v2(&raw mut old) };
         }
+    }
+}
+
+/// While a stream is captured, CUDA refuses on all threads what might get into the graph by accident. Until this guard is
+/// dropped the calling thread may do it: it allocates, or asks about events that no graph knows.
+pub(crate) struct Relaxed {
+    before: sys::CUstreamCaptureMode,
+}
+
+impl Relaxed {
+    pub(crate) fn enter() -> Result<Self, CudaError> {
+        let mut mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_RELAXED;
+        // SAFETY: the pointer is to a live local.
+        unsafe { sys::cuThreadExchangeStreamCaptureMode(&raw mut mode) }
+            .result()
+            .map_err(failed("cuThreadExchangeStreamCaptureMode"))?;
+        Ok(Self { before: mode })
+    }
+}
+
+impl Drop for Relaxed {
+    fn drop(&mut self) {
+        // SAFETY: the pointer is to a live field. A failure leaves the thread less guarded, which harms nobody.
+        let _ = unsafe { sys::cuThreadExchangeStreamCaptureMode(&raw mut self.before) };
     }
 }

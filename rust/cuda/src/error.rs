@@ -73,6 +73,22 @@ pub enum CudaError {
         /// Why not.
         source: std::io::Error,
     },
+    /// A page size or budget that this device cannot have.
+    #[error("{0}")]
+    Budget(String),
+    /// The host cannot give the memory that a pool needs behind it.
+    #[error(
+        "the host cannot pin {wish} bytes more: {reason}; pinned so far: {pinned} bytes; hint: keep less in the pool, free \
+         memory on the host, or raise the limit of its container"
+    )]
+    HostMemory {
+        /// What was asked for.
+        wish: usize,
+        /// What this process has.
+        pinned: usize,
+        /// Why not.
+        reason: String,
+    },
     /// Sizes or types that no kernel takes.
     #[error("{0}")]
     Unsupported(String),

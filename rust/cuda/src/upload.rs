@@ -7,6 +7,7 @@ use qlora_core::{ByteSink, Piece};
 
 use crate::context::{Device, device};
 use crate::error::{CudaError, failed};
+use crate::events::{Stamp, event};
 use crate::launch::Queue;
 
 /// Buffers of an uploader: while one is copied the other is filled.
@@ -64,7 +65,7 @@ impl Uploader {
             let memory = NonNull::new(memory).ok_or(CudaError::NoDevice)?;
             // SAFETY: just allocated with this size. `buffer` hands it out as bytes, which have to hold a value.
             unsafe { memory.as_ptr().write_bytes(0, uploader.buffer_bytes) };
-            match event() {
+            match event(Stamp::None) {
                 Ok(free) => uploader.buffers.push(Buffer { memory, free }),
                 Err(error) => {
                     // SAFETY: was allocated above, and nothing uses it.
@@ -83,17 +84,6 @@ impl Uploader {
         }
         Ok(uploader)
     }
-}
-
-/// An event without a time stamp, on which a thread sleeps instead of spinning: the others have bytes to copy.
-fn event() -> Result<sys::CUevent, CudaError> {
-    use sys::CUevent_flags as Flags;
-
-    let flags = Flags::CU_EVENT_DISABLE_TIMING as u32 | Flags::CU_EVENT_BLOCKING_SYNC as u32;
-    let mut event = std::ptr::null_mut();
-    // SAFETY: the out pointer is a live local, and a context is current.
-    unsafe { sys::cuEventCreate(&raw mut event, flags) }.result().map_err(failed("cuEventCreate"))?;
-    Ok(event)
 }
 
 impl ByteSink for Uploader {

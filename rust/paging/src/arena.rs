@@ -27,10 +27,15 @@ impl Arena {
         self.total
     }
 
-    /// A new piece.
-    pub(crate) fn add(&mut self, piece: usize, bytes: usize) {
+    /// New memory, behind what the piece has already.
+    pub(crate) fn add(&mut self, place: HostPlace, bytes: usize) {
         self.total += bytes;
-        self.free.insert((piece, 0), bytes);
+        self.give(place, bytes);
+    }
+
+    /// Is there a free run for `bytes`?
+    pub(crate) fn holds(&self, bytes: usize) -> bool {
+        self.free.values().any(|&run| run >= Self::rounded(bytes))
     }
 
     /// The smallest free run that holds `bytes`, and of these the first.
@@ -70,7 +75,7 @@ mod tests {
     #[test]
     fn freed_neighbours_become_one_run_again() {
         let mut arena = Arena::default();
-        arena.add(0, 5 * ALIGNMENT);
+        arena.add(HostPlace { piece: 0, offset: 0 }, 5 * ALIGNMENT);
         let places: Vec<_> = (0..5).map(|_| arena.take(1).expect("there is room")).collect();
         assert_eq!(arena.take(1), None);
         for index in [3, 1, 2, 4, 0] {
@@ -80,10 +85,21 @@ mod tests {
     }
 
     #[test]
+    fn piece_that_grows_is_one_run() {
+        let mut arena = Arena::default();
+        arena.add(HostPlace { piece: 0, offset: 0 }, 2 * ALIGNMENT);
+        assert!(!arena.holds(2 * ALIGNMENT + 1));
+        arena.add(HostPlace { piece: 0, offset: 2 * ALIGNMENT }, 3 * ALIGNMENT);
+        assert!(arena.holds(5 * ALIGNMENT));
+        assert_eq!(arena.take(5 * ALIGNMENT), Some(HostPlace { piece: 0, offset: 0 }));
+        assert_eq!(arena.total(), 5 * ALIGNMENT);
+    }
+
+    #[test]
     fn smallest_fitting_run_is_taken_and_pieces_never_merge() {
         let mut arena = Arena::default();
-        arena.add(0, 4 * ALIGNMENT);
-        arena.add(1, 2 * ALIGNMENT);
+        arena.add(HostPlace { piece: 0, offset: 0 }, 4 * ALIGNMENT);
+        arena.add(HostPlace { piece: 1, offset: 0 }, 2 * ALIGNMENT);
         assert_eq!(arena.take(2 * ALIGNMENT - 7), Some(HostPlace { piece: 1, offset: 0 }));
         assert_eq!(arena.take(5 * ALIGNMENT), None);
         assert_eq!(arena.take(4 * ALIGNMENT), Some(HostPlace { piece: 0, offset: 0 }));

@@ -1,6 +1,7 @@
 //! What a pool asks of a device: memory in frames, copies on two lanes of their own, events between lanes.
 
 use std::fmt::Debug;
+use std::ops::Range;
 use std::time::Duration;
 
 /// A queue of work that runs in order. Lanes run beside each other; only [`Backend::wait`] orders one after another.
@@ -17,14 +18,27 @@ pub enum Lane<S> {
 /// A place in host memory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct HostPlace {
-    /// Index that [`Backend::grow_host`] gave.
+    /// Index that [`Backend::add_host`] gave.
     pub piece: usize,
     /// Bytes from the piece's start on.
     pub offset: usize,
 }
 
-/// A device as the pool sees it. Everything but `synchronize`, `commit`, `decommit`, `grow_host` and `zero_host` only
-/// queues work and returns at once: the host does not wait.
+/// Host memory of a pool to be: its addresses are there, more and more of it becomes usable. Clones mean the same memory.
+pub trait HostMemory: Clone + Send {
+    /// What can go wrong.
+    type Error: std::error::Error;
+
+    /// Make this range usable for copies, its content unspecified. Slow where memory is pinned, so it needs no pool: nobody
+    /// waits for it meanwhile. Each byte is prepared once.
+    ///
+    /// # Errors
+    /// The host gives no such memory; the message says how much of it there is.
+    fn prepare(&self, range: Range<usize>) -> Result<(), Self::Error>;
+}
+
+/// A device as the pool sees it. Everything but `synchronize`, `seconds`, `commit`, `decommit` and `zero_host` only queues
+/// work and returns at once: the host does not wait.
 ///
 /// # Frames
 /// Device memory is `frames` frames of `page_bytes` each, in a **ring**: they lie in a row in address space, and the
@@ -46,7 +60,7 @@ pub struct HostPlace {
 ///
 /// # Errors
 /// An error may come late, from work that was queued before. After one the pool must not be trusted with data any more;
-/// it can only be dropped. `commit` and `grow_host` are exceptions: where there is no memory they change nothing, and
+/// it can only be dropped. `commit` and `reserve_host` are exceptions: where there is no memory they change nothing, and
 /// the pool goes on with what it has.
 ///
 /// # Dropping
@@ -57,8 +71,21 @@ pub trait Backend {
     type Stream: Copy + Eq + Debug;
     /// A moment on a lane. Clones mean the same moment; when the last is dropped its resources can be used again.
     type Event: Clone + Debug;
+    /// A moment on a lane that tells when it was.
+    type Moment: Clone + Debug;
+    /// Memory on the host, before and after it belongs to the backend.
+    type Memory: HostMemory<Error = Self::Error>;
     /// What can go wrong.
     type Error: std::error::Error;
+
+    /// Can this process use the backend at all? Asked before anything is locked: in a forked child the threads that hold
+    /// its parent's locks do not exist.
+    ///
+    /// # Errors
+    /// Why it cannot.
+    fn usable() -> Result<(), Self::Error> {
+        Ok(())
+    }
 
     /// Bytes of a frame: the size of a page.
     fn page_bytes(&self) -> usize;
@@ -82,12 +109,14 @@ pub trait Backend {
     /// The device's own.
     fn decommit(&mut self, first: usize, count: usize) -> Result<(), Self::Error>;
 
-    /// Allocate a piece of host memory (pinned where there is a device) and return its index: 0, 1, ... It lives as long
-    /// as the backend, aligned to 4096 bytes or more. Its content is unspecified.
+    /// Addresses for a piece of host memory, aligned to 4096 bytes or more; quick.
     ///
     /// # Errors
-    /// The host gives no such memory; the message says how many bytes there are in earlier pieces.
-    fn grow_host(&mut self, bytes: usize) -> Result<usize, Self::Error>;
+    /// The system has none.
+    fn reserve_host(&self, bytes: usize) -> Result<Self::Memory, Self::Error>;
+
+    /// Take a piece over, whose prepared parts are used from now on; it lives as long as the backend. Its index: 0, 1, ...
+    fn add_host(&mut self, memory: Self::Memory) -> usize;
 
     /// Address of a place in host memory, in the host's address space.
     fn host_address(&self, place: HostPlace) -> u64;
@@ -125,13 +154,33 @@ pub trait Backend {
     /// The device's own.
     fn wait(&mut self, lane: Lane<Self::Stream>, event: &Self::Event) -> Result<(), Self::Error>;
 
-    /// The host waits for the event.
+    /// The host waits for the event; needs no pool, so that nobody else waits.
     ///
     /// # Errors
     /// The device's own.
-    fn synchronize(&mut self, event: &Self::Event) -> Result<(), Self::Error>;
+    fn synchronize(event: &Self::Event) -> Result<(), Self::Error>;
+
+    /// Is work that is queued on the caller's stream recorded instead of done (a CUDA graph is captured)?
+    ///
+    /// # Errors
+    /// The device's own.
+    fn capturing(&mut self, _stream: Self::Stream) -> Result<bool, Self::Error> {
+        Ok(false)
+    }
 
     /// How long callers' streams have stood still so far, waiting for events of [`Lane::In`]; of waits that have ended.
     /// (A device brackets such waits with two timed events, and adds up those that have passed when asked.)
     fn stall(&mut self) -> Duration;
+
+    /// As `record`, for a timeline.
+    ///
+    /// # Errors
+    /// The device's own.
+    fn moment(&mut self, lane: Lane<Self::Stream>) -> Result<Self::Moment, Self::Error>;
+
+    /// Seconds between two moments, of any lanes; the host waits for both. Negative where `end` was earlier.
+    ///
+    /// # Errors
+    /// The device's own.
+    fn seconds(begin: &Self::Moment, end: &Self::Moment) -> Result<f64, Self::Error>;
 }

@@ -15,6 +15,15 @@ pub enum Mode {
     Read,
     /// Its content may change, in any part; it is written back when it has to leave.
     Write,
+    /// As [`Mode::Write`], but all of its content will be replaced: what it was is not fetched, and must not be read.
+    Overwrite,
+}
+
+impl Mode {
+    /// Does content change?
+    pub(crate) fn writes(self) -> bool {
+        self != Self::Read
+    }
 }
 
 /// What a pool needs to know of one page.
@@ -34,6 +43,8 @@ pub(crate) struct Buffer<S, E> {
     pub name: String,
     pub bytes: usize,
     pub frozen: bool,
+    /// The host writes to its home.
+    pub filling: bool,
     pub home: HostPlace,
     pub pages: Vec<Page>,
     /// Frame of page 0 while any page is resident: page `i` is in frame `base + i`, past the end of the ring too.
@@ -64,7 +75,7 @@ impl<S: Copy + Eq, E: Clone> Buffer<S, E> {
     }
 
     pub(crate) fn is_held_for_writing(&self) -> bool {
-        self.holders.iter().any(|&(_, mode)| mode == Mode::Write)
+        self.holders.iter().any(|&(_, mode)| mode.writes())
     }
 
     /// Page numbers for which `of` holds.
@@ -77,6 +88,12 @@ impl<S: Copy + Eq, E: Clone> Buffer<S, E> {
         let start = run.start * page_bytes;
         let place = HostPlace { piece: self.home.piece, offset: self.home.offset + start };
         (place, (run.end * page_bytes).min(self.bytes) - start)
+    }
+
+    /// Copies after which nobody but the host uses the home.
+    pub(crate) fn copies(&self) -> impl Iterator<Item = &E> {
+        let fetched = self.fetched.as_ref().map(|(event, _)| event);
+        self.written_back.iter().chain(fetched).chain(&self.home_guard)
     }
 
     /// Everything that has to be over before the frames are written by others.

@@ -54,14 +54,25 @@ pub enum PagingError<E: std::error::Error> {
         name: String,
     },
     /// Somebody else uses the buffer.
-    #[error("cannot {wish} buffer {name:?}: it is acquired {by}; release it first")]
+    #[error("cannot {wish} buffer {name:?}: it is {by}; {way_out}")]
     InUse {
         /// What was asked for.
         wish: &'static str,
         /// Which.
         name: String,
-        /// By whom, e.g. "for writing".
+        /// By whom, e.g. "acquired for writing".
         by: &'static str,
+        /// What to do.
+        way_out: &'static str,
+    },
+    /// What a graph captures must stay where it is.
+    #[error(
+        "a CUDA graph is being captured, and buffer {name:?} is not held for it: its address may be another at each replay; \
+         hint: acquire it before the capture, for writing if the graph writes, and release it after the last replay"
+    )]
+    Capturing {
+        /// Which.
+        name: String,
     },
     /// A frozen buffer does not change.
     #[error("buffer {name:?} is frozen: it can be acquired for reading only")]

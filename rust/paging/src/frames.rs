@@ -4,6 +4,7 @@ use std::ops::{Add, Sub};
 use std::sync::Arc;
 
 use crate::buffer::BufferId;
+use crate::pool::Until;
 
 /// What must have passed before a vacated frame is written to; shared by the frames that were vacated together.
 pub(crate) type Guard<E> = Arc<[E]>;
@@ -11,8 +12,8 @@ pub(crate) type Guard<E> = Arc<[E]>;
 /// One frame of device memory.
 #[derive(Debug)]
 pub(crate) enum Frame<E> {
-    /// Given back to the device: holds no memory and takes no page.
-    Withheld,
+    /// Given back to the device, or refused by it: holds no memory and takes no page.
+    Withheld(Until),
     /// Holds no page.
     Free(Option<Guard<E>>),
     /// Holds a page of a buffer.

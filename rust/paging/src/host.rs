@@ -3,8 +3,10 @@
 //! The only `unsafe` code of this crate: what the pool's bookkeeping says, this carries out on raw memory.
 
 use std::ffi::c_void;
+use std::ops::Range;
 use std::os::fd::OwnedFd;
 use std::ptr::NonNull;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use rustix::fs::{FallocateFlags, MemfdFlags, fallocate, ftruncate, memfd_create};
@@ -12,7 +14,7 @@ use rustix::io::Errno;
 use rustix::mm::{MapFlags, ProtFlags, mmap, mmap_anonymous, munmap};
 use thiserror::Error;
 
-use crate::backend::{Backend, HostPlace, Lane};
+use crate::backend::{Backend, HostMemory, HostPlace, Lane};
 
 /// Bytes of the smallest page: what the system maps.
 const SYSTEM_PAGE: usize = 4096;
@@ -43,9 +45,21 @@ pub struct HostBackend {
     frames: usize,
     ring: Mapping,
     file: OwnedFd,
-    pieces: Vec<Mapping>,
+    pieces: Vec<HostPiece>,
     /// Time spent fetching: the caller stood still meanwhile.
     stall: Duration,
+}
+
+/// Ordinary memory, which the system gives when it is first touched: there is nothing to prepare.
+#[derive(Debug, Clone)]
+pub struct HostPiece(Arc<Mapping>);
+
+impl HostMemory for HostPiece {
+    type Error = HostError;
+
+    fn prepare(&self, _range: Range<usize>) -> Result<(), HostError> {
+        Ok(())
+    }
 }
 
 /// Mapped memory that belongs to this value.
@@ -57,6 +71,8 @@ struct Mapping {
 
 // SAFETY: memory that no thread has a claim on; access goes through `&mut HostBackend`, or by the caller's addresses.
 unsafe impl Send for Mapping {}
+// SAFETY: as above; a shared mapping gives no access to its memory, only its addresses.
+unsafe impl Sync for Mapping {}
 
 impl Drop for Mapping {
     fn drop(&mut self) {
@@ -111,17 +127,22 @@ impl Mapping {
             unsafe { mmap_anonymous(std::ptr::null_mut(), bytes, access, MapFlags::PRIVATE | MapFlags::NORESERVE) }?;
         NonNull::new(start.cast()).map(|start| Self { start, bytes }).ok_or(Errno::NOMEM)
     }
+}
 
+impl HostPiece {
     fn memory(&mut self, offset: usize, bytes: usize) -> &mut [u8] {
-        assert!(offset.checked_add(bytes).is_some_and(|end| end <= self.bytes), "the pool keeps to its pieces");
-        // SAFETY: inside of what is mapped, which is initialised, and `&mut self` is the only way to it here.
-        unsafe { std::slice::from_raw_parts_mut(self.start.as_ptr().add(offset), bytes) }
+        assert!(offset.checked_add(bytes).is_some_and(|end| end <= self.0.bytes), "the pool keeps to its pieces");
+        // SAFETY: inside of what is mapped, which is initialised; the backend that owns the piece is the only one that
+        // looks into it, and `&mut self` comes from there.
+        unsafe { std::slice::from_raw_parts_mut(self.0.start.as_ptr().add(offset), bytes) }
     }
 }
 
 impl Backend for HostBackend {
     type Stream = u64;
     type Event = ();
+    type Moment = Instant;
+    type Memory = HostPiece;
     type Error = HostError;
 
     fn page_bytes(&self) -> usize {
@@ -147,14 +168,18 @@ impl Backend for HostBackend {
             .map_err(|source| HostError::Memory { what: "giving back frames", bytes, source })
     }
 
-    fn grow_host(&mut self, bytes: usize) -> Result<usize, HostError> {
-        let piece = Mapping::anonymous(bytes).map_err(|source| HostError::Memory { what: "homes", bytes, source })?;
-        self.pieces.push(piece);
-        Ok(self.pieces.len() - 1)
+    fn reserve_host(&self, bytes: usize) -> Result<HostPiece, HostError> {
+        let mapping = Mapping::anonymous(bytes).map_err(|source| HostError::Memory { what: "homes", bytes, source })?;
+        Ok(HostPiece(Arc::new(mapping)))
+    }
+
+    fn add_host(&mut self, memory: HostPiece) -> usize {
+        self.pieces.push(memory);
+        self.pieces.len() - 1
     }
 
     fn host_address(&self, place: HostPlace) -> u64 {
-        self.pieces[place.piece].start.as_ptr() as u64 + place.offset as u64
+        self.pieces[place.piece].0.start.as_ptr() as u64 + place.offset as u64
     }
 
     fn zero_host(&mut self, place: HostPlace, bytes: usize) {
@@ -192,11 +217,22 @@ impl Backend for HostBackend {
         Ok(())
     }
 
-    fn synchronize(&mut self, _event: &()) -> Result<(), HostError> {
+    fn synchronize(_event: &()) -> Result<(), HostError> {
         Ok(())
     }
 
     fn stall(&mut self) -> Duration {
         self.stall
+    }
+
+    fn moment(&mut self, _lane: Lane<u64>) -> Result<Instant, HostError> {
+        Ok(Instant::now())
+    }
+
+    fn seconds(begin: &Instant, end: &Instant) -> Result<f64, HostError> {
+        Ok(match end.checked_duration_since(*begin) {
+            Some(later) => later.as_secs_f64(),
+            None => -begin.duration_since(*end).as_secs_f64(),
+        })
     }
 }

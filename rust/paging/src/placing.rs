@@ -7,18 +7,27 @@ use crate::backend::{Backend, Lane};
 use crate::buffer::{BufferId, runs};
 use crate::error::PagingError;
 use crate::frames::{End, Frame, Guard, Price, cheapest};
-use crate::pool::Pool;
+use crate::pool::{Pool, Until};
+use crate::timeline::{Activity, Timeline};
 
 /// Whom a buffer that is fetched may push out. Acquired buffers stay in any case.
 #[derive(Debug, Clone, Copy)]
 pub(crate) enum Rule<'a> {
     /// It is needed now: anybody.
     Demand,
+    /// As `Demand`, but its content is not.
+    Room,
     /// It is used in so many uses from now: only who is used later than that.
     Ahead(usize),
     /// The caller asked for it: not those that were asked for before it, nor, where the order is known, who is used
     /// before it.
     Wish(&'a [BufferId]),
+}
+
+impl Rule<'_> {
+    fn is_urgent(self) -> bool {
+        matches!(self, Self::Demand | Self::Room)
+    }
 }
 
 impl<B: Backend> Pool<B> {
@@ -32,7 +41,7 @@ impl<B: Backend> Pool<B> {
                     // Those frames are now withheld: others, which hold memory already, may serve.
                     Err(error) => refused = Some(error),
                 },
-                (None, Some(error)) if matches!(rule, Rule::Demand) => return Err(error.into()),
+                (None, Some(error)) if rule.is_urgent() => return Err(error.into()),
                 (None, _) => return Ok(false),
             }
         };
@@ -55,7 +64,7 @@ impl<B: Backend> Pool<B> {
             self.counts.evicted_pages += pages.len() as u64;
             self.vacate(owner, &pages)?;
         }
-        self.fill(id, start)?;
+        self.fill(id, start, !matches!(rule, Rule::Room))?;
         Ok(true)
     }
 
@@ -86,7 +95,7 @@ impl<B: Backend> Pool<B> {
         let own_use = self.trace.next_use(id);
         let mut last: Option<(BufferId, Option<usize>)> = None;
         let mut price = |frame: &Frame<B::Event>| match *frame {
-            Frame::Withheld => None,
+            Frame::Withheld(_) => None,
             Frame::Free(_) => Some(Price::default()),
             Frame::Owned(owner, _) if owner == id => Some(Price::default()),
             Frame::Owned(owner, page) => {
@@ -109,7 +118,7 @@ impl<B: Backend> Pool<B> {
         // What was used last may be used on: the order does not tell how often in a row.
         let current = self.trace.last() == Some(id);
         let stays = match rule {
-            Rule::Demand => false,
+            Rule::Demand | Rule::Room => false,
             Rule::Ahead(ahead) => current || next_use <= ahead,
             Rule::Wish(before) => before.contains(&id) || own_use.is_some_and(|own| next_use <= own),
         };
@@ -139,7 +148,7 @@ impl<B: Backend> Pool<B> {
             // There may be memory for some of them.
             for frame in run.clone() {
                 if let Err(error) = self.backend.commit(frame, 1) {
-                    self.frames[frame..run.end].fill_with(|| Frame::Withheld);
+                    self.frames[frame..run.end].fill_with(|| Frame::Withheld(Until::Freed));
                     return Err(error);
                 }
                 self.committed[frame] = true;
@@ -151,18 +160,20 @@ impl<B: Backend> Pool<B> {
     /// Queue copies of pages, ascending, to the buffer's home.
     pub(crate) fn write_back(&mut self, id: BufferId, pages: &[usize]) -> Result<(), PagingError<B::Error>> {
         let (frames, page_bytes) = (self.frames.len(), self.backend.page_bytes());
-        let Self { backend, buffers, counts, last_out, .. } = self;
+        let Self { backend, buffers, counts, last_out, timeline, .. } = self;
         let buffer = buffers.get_mut(&id).ok_or(PagingError::Freed(id.0))?;
         let Some(base) = buffer.base.filter(|_| !pages.is_empty()) else { return Ok(()) };
         // Whoever wrote a dirty page had waited for its fetch, and so for all that was on the way in before.
         for (_, event) in &buffer.uses {
             backend.wait(Lane::Out, event)?;
         }
+        let begin = Timeline::begin(timeline.as_ref(), backend, Lane::Out)?;
         for run in runs(pages) {
             let (place, bytes) = buffer.stretch(&run, page_bytes);
             backend.copy_out((base + run.start) % frames, place, bytes)?;
             counts.bytes_out += bytes as u64;
         }
+        Timeline::end(timeline.as_mut(), backend, begin, Activity::WriteBack, &buffer.name)?;
         let event = backend.record(Lane::Out)?;
         for &page in pages {
             buffer.pages[page].dirty = false;
@@ -199,10 +210,10 @@ impl<B: Backend> Pool<B> {
         Ok(())
     }
 
-    /// Put the missing pages of a buffer into their frames, which are free and have memory.
-    fn fill(&mut self, id: BufferId, start: usize) -> Result<(), PagingError<B::Error>> {
+    /// Give the missing pages of a buffer their frames, which are free and have memory, and their content if asked to.
+    fn fill(&mut self, id: BufferId, start: usize, content: bool) -> Result<(), PagingError<B::Error>> {
         let (count, page_bytes) = (self.frames.len(), self.backend.page_bytes());
-        let Self { backend, buffers, frames, counts, last_in, clock, .. } = self;
+        let Self { backend, buffers, frames, counts, last_in, clock, timeline, .. } = self;
         let buffer = buffers.get_mut(&id).ok_or(PagingError::Freed(id.0))?;
         let missing = buffer.pages_where(|page| !page.resident);
         let mut guards: Vec<Guard<B::Event>> = Vec::new();
@@ -217,7 +228,9 @@ impl<B: Backend> Pool<B> {
         for event in guards.iter().flat_map(|guard| guard.iter()).chain(&buffer.written_back) {
             backend.wait(Lane::In, event)?;
         }
-        let (stored, blank): (Vec<_>, Vec<_>) = missing.iter().partition(|&&page| buffer.pages[page].stored);
+        let begin = Timeline::begin(timeline.as_ref(), backend, Lane::In)?;
+        let wanted: &[usize] = if content { &missing } else { &[] };
+        let (stored, blank): (Vec<_>, Vec<_>) = wanted.iter().partition(|&&page| buffer.pages[page].stored);
         for run in runs(&stored) {
             let (place, bytes) = buffer.stretch(&run, page_bytes);
             backend.copy_in(place, (start + run.start) % count, bytes)?;
@@ -227,6 +240,7 @@ impl<B: Backend> Pool<B> {
             let (_, bytes) = buffer.stretch(&run, page_bytes);
             backend.zero((start + run.start) % count, bytes)?;
         }
+        Timeline::end(timeline.as_mut(), backend, begin, Activity::Fetch, &buffer.name)?;
         let event = backend.record(Lane::In)?;
         for &page in &missing {
             buffer.pages[page].resident = true;
@@ -254,8 +268,8 @@ impl<B: Backend> Pool<B> {
         possible.into_iter().take(wish).map(|(_, frame)| frame).collect()
     }
 
-    /// Give the memory of these frames back to the device, once their last uses have passed.
-    pub(crate) fn withhold(&mut self, chosen: &[usize]) -> Result<(), PagingError<B::Error>> {
+    /// Take the pages in these frames out of them.
+    pub(crate) fn clear_frames(&mut self, chosen: &[usize]) -> Result<(), PagingError<B::Error>> {
         let mut leaving: BTreeMap<BufferId, Vec<usize>> = BTreeMap::new();
         for &frame in chosen {
             if let Frame::Owned(owner, page) = self.frames[frame] {
@@ -267,16 +281,22 @@ impl<B: Backend> Pool<B> {
             self.counts.evicted_pages += pages.len() as u64;
             self.vacate(owner, &pages)?;
         }
+        Ok(())
+    }
+
+    /// Give the memory of these frames back to the device, once their last uses have passed.
+    pub(crate) fn withhold(&mut self, chosen: &[usize], until: Until) -> Result<(), PagingError<B::Error>> {
+        self.clear_frames(chosen)?;
         if let Some(event) = &self.last_in {
-            self.backend.synchronize(event)?;
+            B::synchronize(event)?;
         }
         let mut chosen = chosen.to_vec();
         chosen.sort_unstable();
         for run in runs(&chosen) {
             for frame in run.clone() {
-                if let Frame::Free(Some(guard)) = std::mem::replace(&mut self.frames[frame], Frame::Withheld) {
+                if let Frame::Free(Some(guard)) = std::mem::replace(&mut self.frames[frame], Frame::Withheld(until)) {
                     for event in guard.iter() {
-                        self.backend.synchronize(event)?;
+                        B::synchronize(event)?;
                     }
                 }
             }

@@ -3,16 +3,14 @@
 use std::collections::BTreeMap;
 
 use crate::arena::Arena;
-use crate::backend::{Backend, HostPlace, Lane};
+use crate::backend::{Backend, Lane};
 use crate::buffer::{Buffer, BufferId, Mode, Page};
 use crate::error::PagingError;
 use crate::frames::{Frame, longest_run};
 use crate::placing::Rule;
 use crate::stats::{Counts, Stats};
+use crate::timeline::{Activity, Span, Timeline};
 use crate::trace::Trace;
-
-/// Host memory is allocated in pieces of at least so many bytes: pinning a piece costs more than its bytes.
-const LEAST_PIECE: usize = 64 << 20;
 
 /// Which page leaves, and whether any comes ahead of its use.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -25,11 +23,21 @@ pub enum Policy {
     Lru,
 }
 
+/// For how long a pool does without frames that it gave back.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Until {
+    /// [`Pool::reclaim`].
+    Reclaimed,
+    /// [`Pool::memory_was_freed`].
+    Freed,
+}
+
 /// Buffers of one device that share a budget.
 ///
 /// A buffer is in order for whoever acquires it, on any stream: the pool makes the stream wait for the copies and for the
-/// other streams' uses that have to come first. The host waits in [`Pool::host`], [`Pool::give_back`] and when the pool is
-/// dropped, nowhere else. A buffer that was never written, or was discarded, reads as zeros.
+/// other streams' uses that have to come first. The host waits in [`Pool::host`], [`Pool::begin_fill`],
+/// [`Pool::give_back`], where timelines start and stop, and when the pool is dropped, nowhere else; [`crate::Shared`] waits
+/// where nobody else has to. A buffer that was never written, or was discarded, reads as zeros.
 #[derive(Debug)]
 pub struct Pool<B: Backend> {
     pub(crate) backend: B,
@@ -39,7 +47,7 @@ pub struct Pool<B: Backend> {
     pub(crate) frames: Vec<Frame<B::Event>>,
     /// Which frames hold memory.
     pub(crate) committed: Vec<bool>,
-    arena: Arena,
+    pub(crate) arena: Arena,
     pub(crate) trace: Trace,
     /// Counts uses.
     pub(crate) clock: u64,
@@ -48,10 +56,11 @@ pub struct Pool<B: Backend> {
     pub(crate) last_in: Option<B::Event>,
     pub(crate) last_out: Option<B::Event>,
     /// Has a home been freed, so that the next owner may meet copies of the former one?
-    homes_freed: bool,
+    pub(crate) homes_freed: bool,
+    pub(crate) timeline: Option<Timeline<B>>,
 }
 
-type Outcome<T, B> = Result<T, PagingError<<B as Backend>::Error>>;
+pub(crate) type Outcome<T, B> = Result<T, PagingError<<B as Backend>::Error>>;
 
 impl<B: Backend> Pool<B> {
     /// A pool over all frames of the backend.
@@ -79,6 +88,7 @@ impl<B: Backend> Pool<B> {
             last_in: None,
             last_out: None,
             homes_freed: false,
+            timeline: None,
         })
     }
 
@@ -87,15 +97,7 @@ impl<B: Backend> Pool<B> {
     /// # Errors
     /// [`PagingError::Size`], [`PagingError::TooLarge`], or the backend has no host memory for it.
     pub fn create(&mut self, name: &str, bytes: usize) -> Outcome<BufferId, B> {
-        let page_bytes = self.backend.page_bytes();
-        let (pages, frames) = (bytes.div_ceil(page_bytes), self.frames.len());
-        if bytes == 0 {
-            return Err(PagingError::Size(format!("buffer {name:?} has no bytes")));
-        }
-        if pages > frames {
-            let (name, budget) = (name.to_owned(), frames * page_bytes);
-            return Err(PagingError::TooLarge { name, pages, bytes, frames, budget });
-        }
+        let pages = self.pages_of(name, bytes)?;
         let home = self.home(bytes)?;
         let copies = self.last_in.iter().chain(&self.last_out);
         let home_guard = if self.homes_freed { copies.cloned().collect() } else { Vec::new() };
@@ -105,6 +107,7 @@ impl<B: Backend> Pool<B> {
             name: name.to_owned(),
             bytes,
             frozen: false,
+            filling: false,
             home,
             pages: vec![Page::default(); pages],
             base: None,
@@ -120,19 +123,18 @@ impl<B: Backend> Pool<B> {
         Ok(id)
     }
 
-    fn home(&mut self, bytes: usize) -> Outcome<HostPlace, B> {
-        if let Some(place) = self.arena.take(bytes) {
-            return Ok(place);
+    /// How many pages a buffer of so many bytes takes; an error where it cannot be.
+    pub(crate) fn pages_of(&self, name: &str, bytes: usize) -> Outcome<usize, B> {
+        let page_bytes = self.backend.page_bytes();
+        let (pages, frames) = (bytes.div_ceil(page_bytes), self.frames.len());
+        if bytes == 0 {
+            return Err(PagingError::Size(format!("buffer {name:?} has no bytes")));
         }
-        let least = Arena::rounded(bytes);
-        let wish = least.max(LEAST_PIECE);
-        let (piece, got) = match self.backend.grow_host(wish) {
-            Ok(piece) => (piece, wish),
-            Err(_) if least < wish => (self.backend.grow_host(least)?, least),
-            Err(error) => return Err(error.into()),
-        };
-        self.arena.add(piece, got);
-        self.arena.take(bytes).ok_or_else(|| PagingError::Size(format!("a piece of {got} bytes holds no {bytes}")))
+        if pages > frames {
+            let (name, budget) = (name.to_owned(), frames * page_bytes);
+            return Err(PagingError::TooLarge { name, pages, bytes, frames, budget });
+        }
+        Ok(pages)
     }
 
     /// From now on the buffer is only read, and never written back (but once, where it was written on the device).
@@ -151,17 +153,23 @@ impl<B: Backend> Pool<B> {
     /// Address in device memory, good for work that is queued on `stream` from now on until `release`. The buffer is
     /// contiguous there; the next time it may be elsewhere. A missing buffer is fetched, and the stream waits for it.
     ///
-    /// May be called again while acquired, by the same stream in any mode, by others for reading.
+    /// May be called again while acquired, by the same stream in any mode, by others for reading. On a stream that is
+    /// captured only what is acquired already can be, for reading or as it is: its address has to hold for every replay.
     ///
     /// # Errors
-    /// [`PagingError::Freed`], [`PagingError::Frozen`], [`PagingError::InUse`], [`PagingError::Held`], the backend's.
+    /// [`PagingError::Freed`], [`PagingError::Frozen`], [`PagingError::InUse`], [`PagingError::Held`],
+    /// [`PagingError::Capturing`], the backend's.
     pub fn acquire(&mut self, id: BufferId, stream: B::Stream, mode: Mode) -> Outcome<u64, B> {
         let buffer = self.buffer(id)?;
-        if mode == Mode::Write && buffer.frozen {
+        if mode.writes() && buffer.frozen {
             return Err(PagingError::Frozen { name: buffer.name.clone() });
         }
+        if self.backend.capturing(stream)? {
+            return self.acquire_captured(id, stream, mode);
+        }
+        let buffer = self.buffer(id)?;
         let others = buffer.holders.iter().filter(|&&(holder, _)| holder != stream);
-        if others.clone().any(|&(_, theirs)| mode == Mode::Write || theirs == Mode::Write) {
+        if buffer.filling || others.clone().any(|&(_, theirs)| mode.writes() || theirs.writes()) {
             return Err(in_use("acquire", buffer));
         }
         let resident = buffer.is_resident();
@@ -173,51 +181,79 @@ impl<B: Backend> Pool<B> {
         if resident {
             self.counts.hits += 1;
         } else {
-            if !self.fetch(id, Rule::Demand)? {
+            let rule = if mode == Mode::Overwrite { Rule::Room } else { Rule::Demand };
+            if !self.fetch(id, rule)? {
                 return Err(self.no_room(id));
             }
             self.counts.misses += 1;
         }
         let now = self.clock;
-        let Self { backend, buffers, .. } = self;
+        let Self { backend, buffers, timeline, .. } = self;
         let buffer = buffers.get_mut(&id).ok_or(PagingError::Freed(id.0))?;
         if let Some((event, waited)) = &mut buffer.fetched
             && !waited.contains(&stream)
         {
+            let begin = Timeline::begin(timeline.as_ref(), backend, Lane::User(stream))?;
             backend.wait(Lane::User(stream), event)?;
+            Timeline::end(timeline.as_mut(), backend, begin, Activity::Wait(stream), &buffer.name)?;
             waited.push(stream);
         }
-        if mode == Mode::Read {
-            if let Some((_, event)) = buffer.write.as_ref().filter(|(writer, _)| *writer != stream) {
-                backend.wait(Lane::User(stream), event)?;
-            }
-        } else {
+        if mode.writes() {
             for (_, event) in buffer.uses.iter().filter(|(user, _)| *user != stream) {
                 backend.wait(Lane::User(stream), event)?;
             }
             // A copy to the home may be under way and meet some of what is written now: the page will be copied again.
             buffer.pages.iter_mut().for_each(|page| page.dirty = true);
+        } else if let Some((_, event)) = buffer.write.as_ref().filter(|(writer, _)| *writer != stream) {
+            backend.wait(Lane::User(stream), event)?;
         }
         buffer.last_use = now;
         buffer.holders.push((stream, mode));
         let base = buffer.base.unwrap_or_default();
+        if let Some(timeline) = timeline {
+            timeline.begin_use(backend, id, stream)?;
+        }
         self.look_ahead()?;
         Ok(self.backend.address(base))
+    }
+
+    /// What is captured runs at every replay, which the pool does not see: whoever holds the buffer keeps it in place.
+    fn acquire_captured(&mut self, id: BufferId, stream: B::Stream, mode: Mode) -> Outcome<u64, B> {
+        let buffer = self.buffer_mut(id)?;
+        match buffer.base {
+            Some(base) if buffer.is_held_for_writing() || (!mode.writes() && buffer.is_held()) => {
+                buffer.holders.push((stream, mode));
+                Ok(self.backend.address(base))
+            }
+            _ => Err(PagingError::Capturing { name: buffer.name.clone() }),
+        }
     }
 
     /// The stream's last `acquire` of this buffer ends with what is queued on it so far.
     ///
     /// # Errors
-    /// [`PagingError::Freed`], [`PagingError::NotAcquired`], the backend's.
+    /// [`PagingError::Freed`], [`PagingError::NotAcquired`]; [`PagingError::Capturing`] where nobody else holds what a graph
+    /// that is being captured uses; the backend's.
     pub fn release(&mut self, id: BufferId, stream: B::Stream) -> Outcome<(), B> {
-        let Self { backend, buffers, .. } = self;
+        let capturing = self.backend.capturing(stream)?;
+        let Self { backend, buffers, timeline, .. } = self;
         let buffer = buffers.get_mut(&id).ok_or(PagingError::Freed(id.0))?;
         let Some(index) = buffer.holders.iter().rposition(|&(holder, _)| holder == stream) else {
             return Err(PagingError::NotAcquired { name: buffer.name.clone() });
         };
+        if capturing {
+            if buffer.holders.len() == 1 {
+                return Err(PagingError::Capturing { name: buffer.name.clone() });
+            }
+            buffer.holders.remove(index);
+            return Ok(());
+        }
+        if let Some(timeline) = timeline {
+            timeline.end_use(backend, id, stream, &buffer.name)?;
+        }
         let event = backend.record(Lane::User(stream))?;
         let (_, mode) = buffer.holders.remove(index);
-        if mode == Mode::Write {
+        if mode.writes() {
             // It has waited for all uses before.
             buffer.uses.clear();
             buffer.write = Some((stream, event.clone()));
@@ -237,7 +273,7 @@ impl<B: Backend> Pool<B> {
         for (index, &id) in ids.iter().enumerate() {
             let Some(buffer) = self.buffers.get_mut(&id) else { continue };
             buffer.last_use = self.clock;
-            if buffer.is_resident() {
+            if buffer.filling || buffer.is_resident() {
                 continue;
             }
             if !self.fetch(id, Rule::Wish(&ids[..index]))? {
@@ -263,7 +299,7 @@ impl<B: Backend> Pool<B> {
                 break;
             }
             pages += buffer.pages.len();
-            if buffer.is_resident() {
+            if buffer.filling || buffer.is_resident() {
                 continue;
             }
             if !self.fetch(id, Rule::Ahead(ahead))? {
@@ -272,58 +308,6 @@ impl<B: Backend> Pool<B> {
             self.counts.prefetches += 1;
         }
         Ok(())
-    }
-
-    /// Queue the write-back of what the buffer's home lacks; the pages stay where they are.
-    ///
-    /// # Errors
-    /// [`PagingError::Freed`]; [`PagingError::InUse`] while it is acquired for writing; the backend's.
-    pub fn flush(&mut self, id: BufferId) -> Outcome<(), B> {
-        let buffer = self.buffer(id)?;
-        if buffer.is_held_for_writing() {
-            return Err(in_use("write back", buffer));
-        }
-        let dirty = buffer.pages_where(|page| page.dirty);
-        self.write_back(id, &dirty)
-    }
-
-    /// Address of the buffer's content in host memory, once it is there: the host waits.
-    ///
-    /// For [`Mode::Write`] the home becomes the only copy, to be changed until the buffer is next acquired or prefetched
-    /// (also ahead, in any other buffer's `acquire`). For [`Mode::Read`] the content holds until it is next acquired for
-    /// writing.
-    ///
-    /// # Errors
-    /// [`PagingError::Freed`]; [`PagingError::InUse`] while it is acquired for writing, or at all where the host is to
-    /// write; [`PagingError::Frozen`]; the backend's.
-    pub fn host(&mut self, id: BufferId, mode: Mode) -> Outcome<u64, B> {
-        let buffer = self.buffer(id)?;
-        if mode == Mode::Write && buffer.frozen {
-            return Err(PagingError::Frozen { name: buffer.name.clone() });
-        }
-        if buffer.is_held_for_writing() || (mode == Mode::Write && buffer.is_held()) {
-            return Err(in_use("look from the host at", buffer));
-        }
-        self.flush(id)?;
-        let page_bytes = self.backend.page_bytes();
-        let Self { backend, buffers, .. } = self;
-        let buffer = buffers.get_mut(&id).ok_or(PagingError::Freed(id.0))?;
-        let fetched = buffer.fetched.as_ref().map(|(event, _)| event);
-        for event in buffer.written_back.iter().chain(fetched).chain(&buffer.home_guard) {
-            backend.synchronize(event)?;
-        }
-        buffer.home_guard.clear();
-        for index in buffer.pages_where(|page| !page.stored) {
-            let (place, bytes) = buffer.stretch(&(index..index + 1), page_bytes);
-            backend.zero_host(place, bytes);
-            buffer.pages[index].stored = true;
-        }
-        let home = buffer.home;
-        if mode == Mode::Write {
-            let resident = buffer.pages_where(|page| page.resident);
-            self.vacate(id, &resident)?;
-        }
-        Ok(self.backend.host_address(home))
     }
 
     /// The content is not needed any more: nothing is written back, and the buffer is zeros again.
@@ -352,9 +336,9 @@ impl<B: Backend> Pool<B> {
         Ok(())
     }
 
-    fn drop_pages(&mut self, id: BufferId, wish: &'static str) -> Outcome<(), B> {
+    pub(crate) fn drop_pages(&mut self, id: BufferId, wish: &'static str) -> Outcome<(), B> {
         let buffer = self.buffer_mut(id)?;
-        if buffer.is_held() {
+        if buffer.filling || buffer.is_held() {
             return Err(in_use(wish, buffer));
         }
         let resident = buffer.pages_where(|page| page.resident);
@@ -367,23 +351,66 @@ impl<B: Backend> Pool<B> {
 
     /// Give at least `bytes` of device memory back to the device, or as much as acquired buffers leave: frames that hold
     /// nothing first, then clean pages, then dirty ones, those with the farthest next use first. The host waits for their
-    /// last uses. The pool keeps to what is left until `reclaim`. Returns the bytes given back.
+    /// last uses. The pool keeps to what is left for as long as `until` says. Returns the bytes given back.
     ///
     /// # Errors
     /// The backend's.
-    pub fn give_back(&mut self, bytes: usize) -> Outcome<usize, B> {
+    pub fn give_back(&mut self, bytes: usize, until: Until) -> Outcome<usize, B> {
         let chosen = self.least_needed(bytes.div_ceil(self.backend.page_bytes()));
-        self.withhold(&chosen)?;
+        self.withhold(&chosen, until)?;
         Ok(chosen.len() * self.backend.page_bytes())
+    }
+
+    /// Queue what `give_back` will wait for; the moments after which it has nothing left to wait for, unless the pool is
+    /// used meanwhile.
+    pub(crate) fn prepare_to_give_back(&mut self, bytes: usize) -> Outcome<Vec<B::Event>, B> {
+        let chosen = self.least_needed(bytes.div_ceil(self.backend.page_bytes()));
+        self.clear_frames(&chosen)?;
+        let guards = chosen.iter().filter_map(|&frame| match &self.frames[frame] {
+            Frame::Free(guard) => guard.as_deref(),
+            _ => None,
+        });
+        Ok(guards.flatten().chain(&self.last_in).cloned().collect())
     }
 
     /// Use the whole budget again.
     pub fn reclaim(&mut self) {
+        self.take_back(&[Until::Reclaimed, Until::Freed]);
+    }
+
+    /// Somebody freed memory of the device: use again what was given back until then, or was missing.
+    pub fn memory_was_freed(&mut self) {
+        self.take_back(&[Until::Freed]);
+    }
+
+    fn take_back(&mut self, which: &[Until]) {
         for frame in &mut self.frames {
-            if matches!(frame, Frame::Withheld) {
+            if matches!(frame, Frame::Withheld(until) if which.contains(until)) {
                 *frame = Frame::Free(None);
             }
         }
+    }
+
+    /// Record what happens when, until `stop_timeline`; a timeline that is being recorded is dropped. The host waits for
+    /// the lane in.
+    ///
+    /// # Errors
+    /// The backend's.
+    pub fn start_timeline(&mut self) -> Outcome<(), B> {
+        self.timeline = Some(Timeline::new(&mut self.backend)?);
+        Ok(())
+    }
+
+    /// What was recorded; nothing where no timeline was started. The host waits for the last span.
+    ///
+    /// # Errors
+    /// The backend's.
+    pub fn stop_timeline(&mut self) -> Outcome<Vec<Span<B::Stream>>, B> {
+        Ok(self.take_timeline().map(Timeline::finish).transpose()?.unwrap_or_default())
+    }
+
+    pub(crate) fn take_timeline(&mut self) -> Option<Timeline<B>> {
+        self.timeline.take()
     }
 
     /// Counts so far, and how the pool stands.
@@ -394,7 +421,7 @@ impl<B: Backend> Pool<B> {
         let resident = count(|frame| matches!(frame, Frame::Owned(..)));
         let Counts { hits, misses, prefetches, evicted_pages, bytes_in, bytes_out } = self.counts;
         Stats {
-            limit_bytes: count(|frame| !matches!(frame, Frame::Withheld)) * page,
+            limit_bytes: count(|frame| !matches!(frame, Frame::Withheld(_))) * page,
             committed_bytes: self.committed.iter().filter(|&&committed| committed).count() * page,
             resident_bytes: resident * page,
             paged_bytes: (pages - resident) * page,
@@ -433,7 +460,7 @@ impl<B: Backend> Pool<B> {
     fn no_room(&self, id: BufferId) -> PagingError<B::Error> {
         let Some(buffer) = self.buffers.get(&id) else { return PagingError::Freed(id.0) };
         let held = self.buffers.values().filter(|other| other.is_held()).map(|other| other.pages.len()).sum();
-        let given = self.frames.iter().filter(|frame| matches!(frame, Frame::Withheld)).count();
+        let given = self.frames.iter().filter(|frame| matches!(frame, Frame::Withheld(_))).count();
         PagingError::Held {
             name: buffer.name.clone(),
             pages: buffer.pages.len(),
@@ -445,23 +472,39 @@ impl<B: Backend> Pool<B> {
     }
 }
 
-fn in_use<S: Copy + Eq, E: Clone, X: std::error::Error>(wish: &'static str, buffer: &Buffer<S, E>) -> PagingError<X> {
-    let by = if buffer.is_held_for_writing() { "for writing" } else { "for reading" };
-    PagingError::InUse { wish, name: buffer.name.clone(), by }
+pub(crate) fn in_use<S: Copy + Eq, E: Clone, X: std::error::Error>(
+    wish: &'static str,
+    buffer: &Buffer<S, E>,
+) -> PagingError<X> {
+    let (by, way_out) = match buffer {
+        buffer if buffer.filling => ("being filled by the host", "wait for that"),
+        buffer if buffer.is_held_for_writing() => ("acquired for writing", "release it first"),
+        _ => ("acquired for reading", "release it first"),
+    };
+    PagingError::InUse { wish, name: buffer.name.clone(), by, way_out }
 }
 
 impl<B: Backend> Drop for Pool<B> {
     fn drop(&mut self) {
+        if B::usable().is_err() {
+            return;
+        }
         // The frames go away with the backend: nothing may use them any more, not even frames that were vacated.
-        let uses = self.buffers.values().flat_map(Buffer::frame_guard);
-        let vacated = self.frames.iter().flat_map(|frame| match frame {
-            Frame::Free(Some(guard)) => guard.to_vec(),
-            _ => Vec::new(),
-        });
-        let events: Vec<_> = uses.chain(vacated).collect();
+        let mut events: Vec<_> = self.buffers.values().flat_map(Buffer::frame_guard).collect();
+        for frame in &self.frames {
+            if let Frame::Free(Some(guard)) = frame {
+                events.extend(guard.iter().cloned());
+            }
+        }
+        // Acquired and never released: what is queued on that stream now may still use it.
+        for &(stream, _) in self.buffers.values().flat_map(|buffer| &buffer.holders) {
+            if !self.backend.capturing(stream).unwrap_or(true) {
+                events.extend(self.backend.record(Lane::User(stream)));
+            }
+        }
         for event in &events {
             // A device that fails here has failed before; there is nobody to tell.
-            let _ = self.backend.synchronize(event);
+            let _ = B::synchronize(event);
         }
     }
 }

@@ -7,7 +7,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use proptest::prelude::*;
 use proptest::strategy::ValueTree;
 use proptest::test_runner::TestRunner;
-use qlora_paging::{BufferId, Mode, PagingError, Policy, Pool};
+use qlora_paging::{BufferId, Mode, PagingError, Policy, Pool, Until};
 use support::{Full, Kind, Machine, PAGE};
 
 /// What a program does. Buffers are meant by a number modulo how many there are.
@@ -37,8 +37,12 @@ enum Action {
         buffer: usize,
         bytes: usize,
     },
-    GiveBack(usize),
+    GiveBack {
+        bytes: usize,
+        until: Until,
+    },
     Reclaim,
+    MemoryFreed,
 }
 
 #[derive(Debug, Clone)]
@@ -54,7 +58,11 @@ struct Program {
 }
 
 fn mode() -> impl Strategy<Value = Mode> {
-    prop_oneof![Just(Mode::Read), Just(Mode::Write)]
+    prop_oneof![3 => Just(Mode::Read), 3 => Just(Mode::Write), 1 => Just(Mode::Overwrite)]
+}
+
+fn until() -> impl Strategy<Value = Until> {
+    prop_oneof![Just(Until::Reclaimed), Just(Until::Freed)]
 }
 
 fn action() -> impl Strategy<Value = Action> {
@@ -70,8 +78,9 @@ fn action() -> impl Strategy<Value = Action> {
         1 => buffer.clone().prop_map(Action::Flush),
         1 => buffer.clone().prop_map(Action::Discard),
         1 => (buffer, size).prop_map(|(buffer, bytes)| Action::Replace { buffer, bytes }),
-        1 => (1..3 * PAGE).prop_map(Action::GiveBack),
+        1 => (1..3 * PAGE, until()).prop_map(|(bytes, until)| Action::GiveBack { bytes, until }),
         1 => Just(Action::Reclaim),
+        1 => Just(Action::MemoryFreed),
     ]
 }
 
@@ -118,7 +127,10 @@ impl Check {
             Ok(address) => {
                 let after = self.pool.stats();
                 assert_eq!(after.hits + after.misses, before.hits + before.misses + 1);
-                self.machine.read(stream, address, content.clone(), format!("{id:?} on stream {stream}"));
+                match mode {
+                    Mode::Overwrite => self.overwrite(index, stream, address),
+                    _ => self.machine.read(stream, address, content.clone(), format!("{id:?} on stream {stream}")),
+                }
                 if mode == Mode::Write {
                     self.write(index, stream, address);
                 }
@@ -134,6 +146,13 @@ impl Check {
             }
             Err(error) => panic!("{error}"),
         }
+    }
+
+    /// All of the buffer gets new values.
+    fn overwrite(&mut self, index: usize, stream: u64, address: u64) {
+        self.writes = self.writes.wrapping_add(1).max(1);
+        self.model[index].1.fill(self.writes);
+        self.machine.write(stream, address, self.model[index].1.clone());
     }
 
     /// A part of the buffer gets new values.
@@ -180,14 +199,16 @@ impl Check {
             Action::ReadOnHost(buffer) => self.compare_host(buffer % self.model.len()),
             Action::WriteOnHost(buffer) => {
                 let id = id_of(buffer);
-                let outcome = self.pool.host(id, Mode::Write);
+                let outcome = self.pool.begin_fill(id);
                 if let Some(address) = self.allowed(outcome, id) {
+                    assert!(matches!(self.pool.acquire(id, 0, Mode::Read), Err(PagingError::InUse { .. })));
+                    self.pool.prefetch(&[id]).expect("it is passed over");
                     self.writes = self.writes.wrapping_add(1).max(1);
                     let count = self.model.len();
                     let content = &mut self.model[buffer % count].1;
-                    assert_eq!(&self.machine.host_bytes(address, content.len()), content);
                     content.fill(self.writes);
                     self.machine.write_host(address, content);
+                    self.pool.end_fill(id, true).expect("it is there");
                 }
             }
             Action::Flush(buffer) => {
@@ -213,13 +234,14 @@ impl Check {
                     self.model[buffer % count] = (new, vec![0; bytes]);
                 }
             }
-            Action::GiveBack(bytes) => {
+            Action::GiveBack { bytes, until } => {
                 let before = self.machine.committed();
-                let given = self.pool.give_back(bytes).expect("there are no other errors");
+                let given = self.pool.give_back(bytes, until).expect("there are no other errors");
                 assert_eq!(self.machine.committed(), before - given / PAGE);
                 self.given_back |= given > 0;
             }
             Action::Reclaim => self.pool.reclaim(),
+            Action::MemoryFreed => self.pool.memory_was_freed(),
         }
     }
 
@@ -236,7 +258,7 @@ impl Check {
 
     fn compare_host(&mut self, index: usize) {
         let id = self.model[index].0;
-        let outcome = self.pool.host(id, Mode::Read);
+        let outcome = self.pool.host(id);
         if let Some(address) = self.allowed(outcome, id) {
             let content = &self.model[index].1;
             let found = self.machine.host_bytes(address, content.len());

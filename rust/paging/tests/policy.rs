@@ -1,6 +1,6 @@
 //! What the pool promises beside the content: who stays, what comes ahead, what is refused and how it says so.
 
-use qlora_paging::{BufferId, HostBackend, Mode, PagingError, Policy, Pool, Stats};
+use qlora_paging::{BufferId, HostBackend, Mode, PagingError, Policy, Pool, Stats, Until};
 
 const PAGE: usize = 4096;
 
@@ -12,7 +12,8 @@ fn create(pool: &mut Pool<HostBackend>, pages: &[usize]) -> Vec<BufferId> {
     let create = |(index, &pages): (usize, &usize)| pool.create(&format!("layer {index}"), pages * PAGE - 7);
     let ids: Vec<_> = pages.iter().enumerate().map(create).map(|id| id.expect("it fits")).collect();
     for &id in &ids {
-        pool.host(id, Mode::Write).expect("nobody uses it"); // now its home counts, and it is copied in
+        pool.begin_fill(id).expect("nobody uses it"); // now its home counts, and it is copied in
+        pool.end_fill(id, true).expect("it is there");
     }
     ids
 }
@@ -156,11 +157,11 @@ fn giving_back_takes_clean_pages_before_dirty_ones_and_reclaiming_ends_it() {
     let ids = create(&mut pool, &[2, 2, 2]);
     play(&mut pool, &ids[..1], Mode::Write);
     play(&mut pool, &ids[1..], Mode::Read);
-    assert_eq!(pool.give_back(3 * PAGE + 1).expect("nobody holds them"), 4 * PAGE);
+    assert_eq!(pool.give_back(3 * PAGE + 1, Until::Reclaimed).expect("nobody holds them"), 4 * PAGE);
     let stats = pool.stats();
     assert_eq!((stats.limit_bytes, stats.committed_bytes, stats.bytes_out), (2 * PAGE, 2 * PAGE, 0));
     assert_eq!(play(&mut pool, &ids[..1], Mode::Read).misses, 0);
-    assert_eq!(pool.give_back(usize::MAX).expect("nobody holds them"), 2 * PAGE);
+    assert_eq!(pool.give_back(usize::MAX, Until::Reclaimed).expect("nobody holds them"), 2 * PAGE);
     assert_eq!(pool.stats().bytes_out, 2 * PAGE as u64 - 7);
     let error = pool.acquire(ids[0], 0, Mode::Read).expect_err("there is nothing left");
     assert!(error.to_string().contains("(6 were given back)"), "{error}");
@@ -175,7 +176,7 @@ fn acquired_buffers_are_not_given_back() {
     let ids = create(&mut pool, &[1, 2]);
     let address = pool.acquire(ids[1], 0, Mode::Read).expect("there is room");
     play(&mut pool, &ids[..1], Mode::Read);
-    assert_eq!(pool.give_back(4 * PAGE).expect("the other one can go"), PAGE);
+    assert_eq!(pool.give_back(4 * PAGE, Until::Reclaimed).expect("the other one can go"), PAGE);
     assert_eq!(pool.acquire(ids[1], 0, Mode::Read).expect("it is there"), address);
 }
 
@@ -237,7 +238,7 @@ fn freed_homes_serve_again_as_zeros() {
         assert!(memory.iter().all(|&byte| byte == 0), "round {round}");
         memory.fill(7);
         pool.release(id, 0).expect("it is acquired");
-        pool.host(id, Mode::Read).expect("nobody writes it");
+        pool.host(id).expect("nobody writes it");
         pool.free(id).expect("nobody uses it");
     }
     let stats = pool.stats();

@@ -1,5 +1,6 @@
 //! Queue the kernels on device memory; all calls return before the work is done.
 
+use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 use qlora_core::{Layout, QuantSpec};
 use qlora_cuda::{CudaError, DevicePtr, DeviceScales, LowRank, Nested, Operands, Quantized, Queue};
@@ -15,6 +16,7 @@ impl IntoPyErr for CudaError {
     fn into_py_err(self) -> PyErr {
         match self {
             Self::Unsupported(message) => UnsupportedError::new_err(message),
+            Self::Budget(message) => PyValueError::new_err(message),
             _ => DeviceError::new_err(self.to_string()),
         }
     }

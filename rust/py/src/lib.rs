@@ -4,6 +4,7 @@ mod boundary;
 mod checkpoint;
 mod cuda;
 mod device;
+mod dlpack;
 mod load;
 mod optim;
 mod paging;
@@ -30,7 +31,7 @@ mod _core {
     #[pymodule_export]
     use super::optim::{dequantize_state, optimizer_step, quantize_state, squared_norm};
     #[pymodule_export]
-    use super::paging::HostPool;
+    use super::paging::Pool;
     #[pymodule_export]
     use super::quantize::{dequantize, double_quantize, dynamic_map, linear, quantize, simd_level};
     #[pymodule_export]

@@ -3,10 +3,11 @@
 
 use std::cell::RefCell;
 use std::collections::VecDeque;
+use std::ops::Range;
 use std::rc::Rc;
 use std::time::Duration;
 
-use qlora_paging::{Backend, HostPlace, Lane};
+use qlora_paging::{Backend, HostMemory, HostPlace, Lane};
 
 pub const PAGE: usize = 8;
 const ADDRESS: u64 = 1 << 20;
@@ -78,6 +79,25 @@ struct State {
 /// A handle; clones mean the same machine.
 #[derive(Debug, Clone)]
 pub struct Machine(Rc<RefCell<State>>);
+
+/// Memory that grows as it is used.
+#[derive(Debug, Clone)]
+pub struct Grows;
+
+impl HostMemory for Grows {
+    type Error = Full;
+
+    fn prepare(&self, _range: Range<usize>) -> Result<(), Full> {
+        Ok(())
+    }
+}
+
+/// An event, and whose it is.
+#[derive(Debug, Clone)]
+pub struct Event {
+    machine: Machine,
+    number: usize,
+}
 
 #[derive(Debug)]
 pub struct Full;
@@ -257,7 +277,9 @@ impl Machine {
 
 impl Backend for Machine {
     type Stream = u64;
-    type Event = usize;
+    type Event = Event;
+    type Moment = ();
+    type Memory = Grows;
     type Error = Full;
 
     fn page_bytes(&self) -> usize {
@@ -291,10 +313,14 @@ impl Backend for Machine {
         Ok(())
     }
 
-    fn grow_host(&mut self, _bytes: usize) -> Result<usize, Full> {
+    fn reserve_host(&self, _bytes: usize) -> Result<Grows, Full> {
+        Ok(Grows)
+    }
+
+    fn add_host(&mut self, _memory: Grows) -> usize {
         let mut state = self.0.borrow_mut();
         state.pieces.push(Vec::new());
-        Ok(state.pieces.len() - 1)
+        state.pieces.len() - 1
     }
 
     fn host_address(&self, place: HostPlace) -> u64 {
@@ -323,25 +349,25 @@ impl Backend for Machine {
         Ok(())
     }
 
-    fn record(&mut self, lane: Lane<u64>) -> Result<usize, Full> {
+    fn record(&mut self, lane: Lane<u64>) -> Result<Event, Full> {
         let mut state = self.0.borrow_mut();
-        let event = state.events.len();
+        let number = state.events.len();
         state.events.push((Kind::of(lane), false));
-        state.queue(lane, Work::Record(event));
-        Ok(event)
+        state.queue(lane, Work::Record(number));
+        Ok(Event { machine: self.clone(), number })
     }
 
-    fn wait(&mut self, lane: Lane<u64>, event: &usize) -> Result<(), Full> {
+    fn wait(&mut self, lane: Lane<u64>, event: &Event) -> Result<(), Full> {
         let mut state = self.0.borrow_mut();
-        if state.left_out != Some((Kind::of(lane), state.events[*event].0)) {
-            state.queue(lane, Work::Wait(*event));
+        if state.left_out != Some((Kind::of(lane), state.events[event.number].0)) {
+            state.queue(lane, Work::Wait(event.number));
         }
         Ok(())
     }
 
-    fn synchronize(&mut self, event: &usize) -> Result<(), Full> {
-        let mut state = self.0.borrow_mut();
-        while !state.events[*event].1 {
+    fn synchronize(event: &Event) -> Result<(), Full> {
+        let mut state = event.machine.0.borrow_mut();
+        while !state.events[event.number].1 {
             assert!(state.step(), "the host waits for an event that never comes");
         }
         Ok(())
@@ -349,5 +375,13 @@ impl Backend for Machine {
 
     fn stall(&mut self) -> Duration {
         Duration::ZERO
+    }
+
+    fn moment(&mut self, _lane: Lane<u64>) -> Result<(), Full> {
+        Ok(())
+    }
+
+    fn seconds((): &(), (): &()) -> Result<f64, Full> {
+        Ok(0.0)
     }
 }

@@ -38,7 +38,7 @@ LAYERS = (
     {"optim", "flat_product"},
     {"paged_product"},
     {"linear"},
-    {"selection"},
+    {"experts", "selection"},
     {"checkpoint"},
     {"chunked_loss", "lora"},
     {"adapters", "adapter_merge"},

@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from qlora_rs.checkpoint.plain import cast
 from qlora_rs.checkpoint.weights import open_weights
 from qlora_rs.errors import FormatError, UnsupportedError
+from qlora_rs.experts import PackedExperts
 from qlora_rs.linear import Linear4bit
 from qlora_rs.lora import LoraLinear, replace_module
 from qlora_rs.packed import FLOAT_DTYPES
@@ -136,6 +138,9 @@ def merge_adapter(
 
     for name, linear, _ in merged:
         replace_module(model, name, linear)
+    for name, module in list(model.named_modules()):
+        if isinstance(module, PackedExperts):
+            replace_module(model, name, module.fused(attrgetter("weight")))
     for parameter, value in rest:
         parameter.data = value
     _forget_quantization(model)

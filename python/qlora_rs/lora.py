@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as module_of_torch
 
+from qlora_rs.experts import PackedExperts
 from qlora_rs.linear import Linear4bit
 from qlora_rs.selection import matches, select_linear
 
@@ -212,8 +213,9 @@ def attach_lora(
         r: rank.
         lora_alpha: the adapter is scaled by ``lora_alpha / r`` (``/ sqrt(r)`` with ``use_rslora``).
         lora_dropout: dropout of the adapter's input while training.
-        target_modules: ``"all-linear"`` (every Linear layer but output heads and routers); another string is a
-            regular expression that must match a layer's full name; a list holds full names, last components or globs.
+        target_modules: ``"all-linear"`` (every Linear layer but output heads, routers and experts, of which there are
+            thousands); another string is a regular expression that must match a layer's full name; a list holds full
+            names, last components or globs.
         use_rslora: rank-stabilized scaling.
         seed: draws every A from this seed alone; by default from torch's global generator.
 
@@ -287,7 +289,10 @@ def _targets(model: nn.Module, target_modules: str | Sequence[str]) -> tuple[lis
     linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     if isinstance(target_modules, str) and target_modules == ALL_LINEAR:
         reasons = dict(select_linear(model).skipped)
-        packed = {name for name in linears if isinstance(model.get_submodule(name), Linear4bit)}
+        experts = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, PackedExperts))
+        of_experts = {name for name in linears if name.startswith(experts)}
+        reasons |= dict.fromkeys(of_experts, "an expert's; target_modules may name it")
+        packed = {name for name in linears if isinstance(model.get_submodule(name), Linear4bit)} - of_experts
         chosen = [name for name in linears if name in packed or name not in reasons]
         if not chosen:
             raise ValueError("the model has no Linear layer that could take an adapter")

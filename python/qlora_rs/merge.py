@@ -14,7 +14,7 @@ from torch import Tensor
 from qlora_rs.adapter_merge import MergedLayer, MergeReport, check_dtype, merge_weight, relative_error
 from qlora_rs.adapters import CONFIG_FILE, WEIGHTS_FILE, adapter_delta, read_adapter
 from qlora_rs.checkpoint import CheckpointInfo, inspect
-from qlora_rs.checkpoint.choice import FLOAT_DTYPES
+from qlora_rs.checkpoint.choice import FLOAT_DTYPES, expert_aliases
 from qlora_rs.checkpoint.dequantized import READERS, open_float_source
 from qlora_rs.checkpoint.folder import resolve_destination
 from qlora_rs.checkpoint.journal import describe_command, describe_files
@@ -251,8 +251,9 @@ def _adapted_tensors(
     rows = {row.name: row for row in info.tensors}
     adapted: dict[str, tuple[str, Pair]] = {}
     missing: list[str] = []
+    aliases = expert_aliases(source) if any(".experts." in layer for layer in pairs) else {}
     for layer, (a, b) in pairs.items():
-        name = stored_name(f"{layer}.weight", rows)
+        name = stored_name(f"{layer}.weight", rows) or aliases.get(f"{layer}.weight")
         if _is_tied(layer, name, source.config):
             raise UnsupportedError(
                 f"{adapter}: {layer} is tied to the embedding in {info.path}, which the adapter would change too. "

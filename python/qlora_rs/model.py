@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -32,12 +32,13 @@ from qlora_rs.checkpoint.source import (
 )
 from qlora_rs.checkpoint.weights import TensorReader
 from qlora_rs.errors import DeviceError, FormatError, NonFiniteError, UnsupportedError, first_line, require_extra
+from qlora_rs.experts import FUSED, PackedExperts, is_experts, why_not_packed
 from qlora_rs.linear import Linear4bit
 from qlora_rs.lora import replace_module
 from qlora_rs.packed import FLOAT_DTYPES, PackedTensor
 from qlora_rs.quantization import quantize
 from qlora_rs.report import PackedEntry, QuantizeReport, SkippedEntry
-from qlora_rs.selection import select_linear
+from qlora_rs.selection import matches, select_linear
 from qlora_rs.spec import QuantSpec
 
 # Of a CUDA device that has kernels here.
@@ -89,14 +90,16 @@ def from_pretrained(
     transformers = require_extra("transformers", "transformers", "loading a model")
     from qlora_rs.integrations.transformers import QloraRsConfig
 
+    # transformers fuses experts while it loads them: what is packed has to be placed past it.
+    has_experts = any(".experts." in row.name for row in info.tensors)
     if info.spec is not None:
         if spec is not None and spec != info.spec:
             raise ValueError(f"{folder} is packed as {info.spec.describe()}; it cannot be loaded as {spec.describe()}")
-        if info.format == FLAT_METHOD:
-            return _load_flat(transformers, folder, target, info.spec, place)
+        if info.format == FLAT_METHOD or (has_experts and place.type == "cpu"):
+            return _load_packed(transformers, folder, target, info.spec, place)
         return _load(transformers, folder, target, None, place)
-    if info.seen_in_floats:
-        return _load_foreign(transformers, folder, target, QuantSpec() if spec is None else spec, place)
+    if info.seen_in_floats or (has_experts and info.config is None):
+        return _load_quantizing(transformers, folder, target, QuantSpec() if spec is None else spec, place)
     if info.config is not None:
         known = f"{folder}: is quantized by {info.format!r}; start from the 16-bit model"
         raise UnsupportedError(info.unread or known)
@@ -118,23 +121,26 @@ def quantize_model(
     include: Sequence[str] | None = None,
     progress: Callable[[int, int], object] | None = None,
 ) -> QuantizeReport:
-    """Replace the Linear layers of a model in memory by packed ones, in place.
+    """Replace the Linear layers of a model in memory by packed ones, in place, and transformers' fused experts by
+    `qlora_rs.experts.PackedExperts`, which hold a packed layer for each.
 
     Args:
-        model: any module; what is no ``nn.Linear``, is packed already, or shares its weight with another module stays.
+        model: any module; what is neither, is packed already, or shares its weight with another module stays.
         spec: NF4 in doubly quantized blocks of 64 by default.
-        skip_modules: patterns (full name, last component or glob) of layers that stay besides output heads and routers.
+        skip_modules: patterns (full name, last component or glob) of layers, and modules of experts, that stay besides
+            output heads and routers.
         include: patterns of layers that are packed although the defaults would leave them.
         progress: called with (bytes done, bytes in all) of the float weights.
 
     Raises:
-        ValueError: a pattern matches no Linear layer, or nothing is left to pack.
+        ValueError: a pattern matches no layer, or nothing is left to pack.
         NonFiniteError: a weight holds NaN or Inf (named); the model is then as it was before.
         UnsupportedError: a layer's weight has a type or device that cannot be quantized.
     """
     spec = QuantSpec() if spec is None else spec
-    selection = select_linear(model, skip_modules=skip_modules, include=include)
-    reasons = dict(selection.skipped)
+    fused, skipped_experts, skip_linear = _fused_experts(model, skip_modules or ())
+    selection = select_linear(model, skip_modules=skip_linear, include=include)
+    reasons = {**dict(selection.skipped), **skipped_experts}
     owners: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         owners.setdefault(id(parameter), []).append(name)
@@ -149,14 +155,17 @@ def quantize_model(
             reasons[name] = f"shares its weight with {others[0]}"
         else:
             layers[name] = layer
-    if not layers:
+    if not layers and not fused:
         raise ValueError("nothing to pack: the model has no Linear layer that could be")
-    _check_weights(layers)
-    chosen = tuple(layers)
+    weights = {f"{name}.weight": layer.weight for name, layer in layers.items()}
+    weights |= {f"{name}.{part}": each.get_parameter(part) for name, each in fused.items() for part in FUSED}
+    _check_weights(weights)
+    chosen = (*layers, *fused)
     before = _bytes(model)
     entries = []
-    done, total = 0, sum(layer.weight.nbytes for layer in layers.values())
-    for name in chosen:
+    done, total = 0, sum(weight.nbytes for weight in weights.values())
+    weights.clear()
+    for name in tuple(layers):
         layer = layers.pop(name)  # so that its float weight is freed before the next is packed
         packed = Linear4bit.from_float(layer, spec).train(layer.training)
         replace_module(model, name, packed)
@@ -167,39 +176,74 @@ def quantize_model(
         done += size
         if progress is not None:
             progress(done, total)
+    for name in tuple(fused):
+        module = fused.pop(name)
+        experts = PackedExperts.from_float(module, spec)
+        replace_module(model, name, experts)
+        for part in FUSED:
+            weight = module.get_parameter(part)
+            after = sum(cast(Linear4bit, cast(nn.ModuleDict, each)[part]).packed().nbytes for each in experts)
+            dtype = str(weight.dtype).removeprefix("torch.")
+            entries.append(
+                PackedEntry(f"{name}.{part}", tuple(weight.shape), dtype, spec.describe(), weight.nbytes, after)
+            )
+            done += weight.nbytes
+        if progress is not None:
+            progress(done, total)
     if "transformers" in sys.modules:
         from qlora_rs.integrations.transformers import adopt
 
-        adopt(model, spec, list(reasons))
+        adopt(model, spec, [name for name in reasons if name not in skipped_experts])
     return QuantizeReport(tuple(entries), _kept(model, chosen, reasons), before, _bytes(model))
 
 
-def _check_weights(layers: dict[str, nn.Linear]) -> None:
+def _fused_experts(
+    model: nn.Module, skip: Sequence[str]
+) -> tuple[dict[str, nn.Module], dict[str, str], list[str] | None]:
+    """The modules of experts to pack, why the others stay, and the patterns of ``skip`` that mean Linear layers."""
+    fused: dict[str, nn.Module] = {}
+    reasons: dict[str, str] = {}
+    used: set[str] = set()
+    for name, module in model.named_modules():
+        if is_experts(module):
+            by = next((pattern for pattern in skip if matches(name, pattern)), None)
+            reason = why_not_packed(module) if by is None else f"matches the skip pattern {by!r}"
+            used.update(pattern for pattern in skip if matches(name, pattern))
+            if reason is None:
+                fused[name] = module
+            else:
+                reasons[name] = reason
+    linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    left = [pattern for pattern in skip if pattern not in used or any(matches(name, pattern) for name in linears)]
+    return fused, reasons, left or None
+
+
+def _check_weights(weights: Mapping[str, torch.Tensor]) -> None:
     """Everything that could fail, before the first layer is replaced."""
-    for name, layer in layers.items():
-        weight = layer.weight
+    for name, weight in weights.items():
         if weight.dtype not in FLOAT_DTYPES or weight.device.type not in ops.DEVICES:
             raise UnsupportedError(
-                f"{name}.weight is {weight.dtype} on {weight.device}; float32, bfloat16 and float16 on "
+                f"{name} is {weight.dtype} on {weight.device}; float32, bfloat16 and float16 on "
                 f"{', '.join(ops.DEVICES)} can be quantized: move or cast the model, or skip the layer"
             )
         # The extremes are NaN where one value is, and take no memory as a mask would.
         if not weight.is_meta and weight.numel() and not torch.isfinite(torch.stack(torch.aminmax(weight))).all():
             bad = (~torch.isfinite(weight)).flatten()
             raise NonFiniteError(
-                f"{name}.weight holds {int(bad.sum())} NaN or infinite value(s), the first at flat index "
+                f"{name} holds {int(bad.sum())} NaN or infinite value(s), the first at flat index "
                 f"{int(bad.int().argmax())}; mend the weight, or skip the layer"
             )
 
 
 def _kept(model: nn.Module, packed: Sequence[str], reasons: dict[str, str]) -> tuple[SkippedEntry, ...]:
     entries = []
+    experts = tuple(f"{name}." for name in packed if isinstance(model.get_submodule(name), PackedExperts))
     for name, parameter in model.named_parameters():
         module_name, _, leaf = name.rpartition(".")
-        if module_name in packed and (leaf != "bias"):
+        if (module_name in packed and leaf != "bias") or name.startswith(experts):
             continue
         kind = "bias" if leaf == "bias" else f"{type(model.get_submodule(module_name)).__name__}: not a Linear layer"
-        reason = reasons.get(module_name) if leaf == "weight" else None
+        reason = reasons.get(module_name) if leaf != "bias" else None
         entries.append(SkippedEntry(name, reason or kind, parameter.nbytes))
     return tuple(entries)
 
@@ -290,8 +334,14 @@ def _model_class(transformers: Any, folder: Path) -> Any:
     return next((cls for cls in named if hasattr(cls, "from_pretrained")), transformers.AutoModelForCausalLM)
 
 
-def _load_flat(transformers: Any, folder: Path, dtype: torch.dtype, spec: QuantSpec, device: torch.device) -> Any:
-    """A model of bitsandbytes' files as a native one: transformers builds it and gets what is not packed."""
+def _concrete(cls: Any, config: Any) -> Any:
+    """The class that an automatic one stands for, which finds it by a folder alone."""
+    mapping = getattr(cls, "_model_mapping", None)
+    return mapping[type(config)] if mapping is not None and type(config) in mapping else cls
+
+
+def _load_packed(transformers: Any, folder: Path, dtype: torch.dtype, spec: QuantSpec, device: torch.device) -> Any:
+    """A packed model, bitsandbytes' as a native one: transformers builds it, and gets only what is not packed."""
     from qlora_rs.integrations.transformers import QloraRsConfig, fill_awaited
 
     source = open_source(folder)
@@ -306,7 +356,7 @@ def _load_flat(transformers: Any, folder: Path, dtype: torch.dtype, spec: QuantS
         files = [str(folder / file) for file in source.files]
         config.quantization_config = {**QloraRsConfig.of(spec).to_dict(), "files": files}
         generation = _generation_config(transformers, str(folder))
-        cls = _model_class(transformers, folder)
+        cls = _concrete(_model_class(transformers, folder), config)
         model, loading = _build(cls, None, dtype, config=config, state_dict=kept, generation_config=generation)
     _check_whole(folder, model, loading)
     fill_awaited(model, lambda name, shape, float_dtype: _copied(reader.packed(name, shape, spec, float_dtype)))
@@ -314,8 +364,10 @@ def _load_flat(transformers: Any, folder: Path, dtype: torch.dtype, spec: QuantS
     return model.to(device)
 
 
-def _load_foreign(transformers: Any, folder: Path, dtype: torch.dtype, spec: QuantSpec, device: torch.device) -> Any:
-    """A model whose weights are quantized from the values of another library's codes, each when its layer is filled."""
+def _load_quantizing(transformers: Any, folder: Path, dtype: torch.dtype, spec: QuantSpec, device: torch.device) -> Any:
+    """A model whose weights are quantized each when its layer is filled: from values of another library's codes, or
+    stored ones.
+    """
     from qlora_rs.integrations.transformers import QloraRsConfig, fill_awaited
 
     source = open_float_source(folder)
@@ -333,11 +385,11 @@ def _load_foreign(transformers: Any, folder: Path, dtype: torch.dtype, spec: Qua
         shapes = {name: source.tensors[name].shape for name in choice.packed}
         config.quantization_config = {**QloraRsConfig.of(spec).to_dict(), "awaited": shapes}
         generation = _generation_config(transformers, str(config_folder))
-        cls = _model_class(transformers, config_folder)
+        cls = _concrete(_model_class(transformers, config_folder), config)
         model, loading = _build(cls, None, dtype, config=config, state_dict=kept, generation_config=generation)
     _check_whole(folder, model, loading)
 
-    def packed(name: str, shape: tuple[int, int], float_dtype: torch.dtype) -> PackedTensor:
+    def packed(name: str, shape: tuple[int, ...], float_dtype: torch.dtype) -> PackedTensor:
         try:
             return replace(quantize(reader.stored(name).to(device), spec), dtype=float_dtype)
         except NonFiniteError as error:

@@ -132,7 +132,7 @@ def test_linear_weights_in_eight_bits_are_refused(make_model, load_folder, write
     assert len(names) == 13
 
 
-def test_experts_that_transformers_fuses_are_reported_not_packed(write_tensors, tmp_path):
+def test_experts_that_transformers_fuses_are_packed_one_by_one(write_tensors, tmp_path):
     expert = "model.layers.0.block_sparse_moe.experts.{}.{}.weight"
     shapes = {"w1": (40, 32), "w2": (32, 40), "w3": (40, 32)}
     tensors = {expert.format(e, w): torch.zeros(shape) for e in range(2) for w, shape in shapes.items()}
@@ -155,8 +155,9 @@ def test_experts_that_transformers_fuses_are_reported_not_packed(write_tensors, 
         vocab_size=11,
     )
     names, report = packed_names(source, tmp_path)
-    assert names == {f"model.layers.0.self_attn.{p}_proj.weight" for p in "qkvo"}
+    attention = {f"model.layers.0.self_attn.{p}_proj.weight" for p in "qkvo"}
+    assert names == attention | {expert.format(e, w) for e in range(2) for w in shapes}
     reasons = {entry.name: entry.reason for entry in report.skipped}
-    assert "--include" in reasons[expert.format(1, "w2")]
-    names, _ = packed_names(source, tmp_path, include=["*.experts.*"])
-    assert len(names) == 10
+    assert "not a Linear layer" in reasons["model.layers.0.block_sparse_moe.gate.weight"]
+    names, _ = packed_names(source, tmp_path, skip_modules=["*.experts.*"])
+    assert names == attention

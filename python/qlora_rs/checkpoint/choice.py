@@ -1,4 +1,4 @@
-"""Which tensors of a model folder get packed: the weights of Linear layers, as transformers' own classes say.
+"""Which tensors of a model folder get packed: weights of Linear layers and experts, as transformers' classes say.
 
 Nothing is guessed from shapes: transformers builds the model from config.json without memory (on the meta
 device), and its names for parameters are matched with the names in the files. The user's patterns come
@@ -8,7 +8,6 @@ on top.
 from __future__ import annotations
 
 import difflib
-import importlib
 import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -17,8 +16,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from qlora_rs.checkpoint.expert_names import expert_tensors
+from qlora_rs.checkpoint.renaming import Renamer
 from qlora_rs.checkpoint.source import CONFIG, Source, StoredTensor
 from qlora_rs.errors import FormatError, UnsupportedError, first_line, require_extra
+from qlora_rs.experts import why_not_packed
 from qlora_rs.selection import matches, select_linear
 
 FLOAT_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
@@ -50,6 +52,7 @@ class _Draft:
     reasons: dict[str, str] = field(default_factory=dict)
     not_converted: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    experts: dict[str, str] = field(default_factory=dict)  # the module of each tensor of fused experts
 
 
 def choose_tensors(
@@ -85,6 +88,7 @@ def choose_tensors(
         _choose_by_model(source, model, _of_modules(skip, linear), _of_modules(wanted, linear), draft)
     _add_included(source, wanted, linear, draft)
     _remove_skipped(source, skip, linear, draft)
+    _note_split_experts(draft)
     if not linear:
         # The modules are unknown: by their names all matrices that stay might be Linear.
         matrices = (t for t in source.tensors.values() if len(t.shape) == 2 and t.name not in draft.packed)
@@ -148,6 +152,7 @@ def _choose_by_model(
         name for name, module in model.named_modules() if isinstance(module, nn.Linear) and name in linear_reasons
     ]
     parameter_of, fused = parameter_names(source, model)
+    experts = expert_tensors(source.tensors, model)
     file_name_of = {parameter: tensor for tensor, parameter in parameter_of.items()}
     owners = {
         f"{module_name}.{name}" if module_name else name: (module_name, module)
@@ -156,7 +161,12 @@ def _choose_by_model(
     }
     for name, tensor in source.tensors.items():
         owner = owners.get(parameter_of.get(name, ""))
-        if name in fused:
+        if name in experts:
+            _check_shape(source, experts[name].shape(model.get_submodule(experts[name].module)), tensor)
+            draft.packed.add(name)
+            draft.experts[name] = experts[name].module
+            reason = ""
+        elif name in fused:
             reason = "transformers fuses it with others while loading: no Linear layer; --include packs it"
         elif owner is None:
             reason = f"no parameter of {type(model).__name__}"
@@ -169,7 +179,8 @@ def _choose_by_model(
     for module_name in selection.packed:
         stored = file_name_of.get(f"{module_name}.weight")
         if stored is not None:
-            _check_shape(source, model, module_name, source.tensors[stored])
+            expected = tuple(model.get_parameter(f"{module_name}.weight").shape)
+            _check_shape(source, expected, source.tensors[stored])
             draft.packed.add(stored)
         elif f"{module_name}.weight" in tied:
             draft.notes.append(f"{module_name}.weight is tied to {tied[f'{module_name}.weight']}: it stays")
@@ -189,44 +200,29 @@ def _choose_by_model(
 def parameter_names(source: Source, model: nn.Module) -> tuple[dict[str, str], set[str]]:
     """The model's name of each tensor that has one, and the tensors that transformers fuses while loading."""
     state = model.state_dict()
-    prefix = str(getattr(model, "base_model_prefix", "") or "")
-    rename = _renamer(model, prefix, state)
+    renamer = Renamer(model)
     names: dict[str, str] = {}
     fused: set[str] = set()
     for name in source.tensors:
-        new, is_fused = rename(name)
-        if is_fused:
+        new, pattern = renamer.rename(name)
+        if pattern is not None:
             fused.add(name)
         elif new in state:
             names[name] = new
     return names, fused
 
 
-def _renamer(model: nn.Module, prefix: str, state: dict[str, Any]) -> Callable[[str], tuple[str, bool]]:
-    """From a name in a file to (name in the model, whether it is fused with others), as transformers does."""
-
-    def by_prefix(name: str) -> tuple[str, bool]:
-        candidates = (name, f"{prefix}.{name}", name.removeprefix(f"{prefix}."))
-        return next((candidate for candidate in candidates if candidate in state), name), False
-
+def expert_aliases(source: Source) -> dict[str, str]:
+    """The files' names of single experts' weights, by those that `qlora_rs.experts.PackedExperts` gives them."""
     try:
-        loading = importlib.import_module("transformers.core_model_loading")
-        mapping = importlib.import_module("transformers.conversion_mapping")
-        transforms = mapping.get_model_conversion_mapping(model)
-        renamings = [each for each in transforms if isinstance(each, loading.WeightRenaming)]
-        converters = [each for each in transforms if isinstance(each, loading.WeightConverter)]
-        rename_source_key = loading.rename_source_key
-    except (ImportError, AttributeError, TypeError):
-        # Older or newer than these internals: plain names still match.
-        return by_prefix
-
-    def by_transformers(name: str) -> tuple[str, bool]:
-        if by_prefix(name)[0] in state:
-            return by_prefix(name)
-        new, pattern = rename_source_key(name, renamings, converters, prefix, state)
-        return str(new), pattern is not None
-
-    return by_transformers
+        tensors = expert_tensors(source.tensors, meta_model(source))
+    except UnsupportedError:
+        return {}
+    return {
+        f"{each.module}.{each.expert}.{each.child}.weight": name
+        for name, each in tensors.items()
+        if each.expert is not None
+    }
 
 
 def _reason(name: str, tensor: StoredTensor, module: nn.Module) -> str:
@@ -238,16 +234,16 @@ def _reason(name: str, tensor: StoredTensor, module: nn.Module) -> str:
     if len(tensor.shape) < 2:
         return f"{kind}: not a matrix"
     if len(tensor.shape) == 3:
-        return f"{kind}: fused experts are no Linear layers; --include packs them"
+        return why_not_packed(module) or f"{kind}: not a Linear layer"
     return f"{kind}: not a Linear layer"
 
 
-def _check_shape(source: Source, model: nn.Module, module_name: str, tensor: StoredTensor) -> None:
-    expected = tuple(model.get_parameter(f"{module_name}.weight").shape)
+def _check_shape(source: Source, expected: tuple[int, ...], tensor: StoredTensor) -> None:
     if tensor.dtype not in FLOAT_DTYPES:
         raise UnsupportedError(
             f"{source.path / tensor.file}: tensor {tensor.name!r} is {tensor.dtype}; only F32, BF16 and F16 "
-            f"weights can be quantized. Leave it with --skip {module_name!r}, or start from 16-bit weights"
+            f"weights can be quantized. Leave it with --skip {_module_name(tensor.name)!r}, or start from "
+            "16-bit weights"
         )
     if tensor.shape != expected:
         raise FormatError(
@@ -302,6 +298,15 @@ def _remove_skipped(source: Source, skip: Sequence[str], linear: Sequence[str], 
             if name in draft.packed:
                 draft.packed.discard(name)
                 draft.reasons[name] = f"matches the skip pattern {pattern!r}"
+
+
+def _note_split_experts(draft: _Draft) -> None:
+    kept = {module for name, module in draft.experts.items() if name not in draft.packed}
+    split = kept.intersection(module for name, module in draft.experts.items() if name in draft.packed)
+    if split:
+        draft.notes.append(
+            f"only some weights of {min(split)} are packed: experts are computed with where all of them are, or none"
+        )
 
 
 def _no_match(option: str, pattern: str, source: Source, linear: Sequence[str]) -> str:

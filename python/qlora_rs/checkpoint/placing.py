@@ -69,7 +69,7 @@ class DeviceFolder:
         if self._thread is not None:
             self._thread.join()
 
-    def packed(self, name: str, shape: tuple[int, int], spec: QuantSpec, dtype: torch.dtype) -> PackedTensor:
+    def packed(self, name: str, shape: tuple[int, ...], spec: QuantSpec, dtype: torch.dtype) -> PackedTensor:
         """The fetched packed weight ``name``; its bytes are there once `place` has returned."""
         return assemble_packed(self._fetched.__getitem__, name, shape, spec, dtype)
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Collection
-from functools import cached_property
+from functools import cache, cached_property, partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from qlora_rs.checkpoint.choice import FLOAT_DTYPES
+from qlora_rs.checkpoint.choice import FLOAT_DTYPES, expert_aliases
 from qlora_rs.checkpoint.dequantized import open_float_source
 from qlora_rs.checkpoint.flat import FlatWeight, flat_packed, read_flat_weights, shaped_packed, shapeless
 from qlora_rs.checkpoint.source import Source
@@ -122,9 +122,12 @@ def open_weights(path: str | os.PathLike[str]) -> Callable[[str], Tensor]:
     """
     source = open_float_source(Path(path))
     reader = TensorReader(source)
+    aliases = cache(partial(expert_aliases, source))
 
     def weight(name: str) -> Tensor:
         stored = stored_name(name, source.tensors)
+        if stored is None and ".experts." in name:
+            stored = aliases().get(name)
         if stored is None:
             raise FormatError(f"{source.path}: none of its files holds the tensor {name!r}")
         tensor = source.tensors[stored]

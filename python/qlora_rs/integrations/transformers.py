@@ -7,8 +7,9 @@ loaded by then may be imported here at the top.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache
+from operator import methodcaller
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,11 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from qlora_rs import ops
+from qlora_rs.checkpoint.expert_names import StoredExperts, stored_experts
 from qlora_rs.checkpoint.inspection import PackedLayout, packed_layouts
 from qlora_rs.checkpoint.source import FORMAT_VERSION, Source, StoredTensor, check_format_version, read_file
 from qlora_rs.errors import FormatError, QloraError, UnsupportedError
+from qlora_rs.experts import DOWN, PackedExperts, split_experts
 from qlora_rs.linear import Linear4bit
 from qlora_rs.lora import replace_module
 from qlora_rs.packed import PackedTensor
@@ -154,15 +157,26 @@ class QloraRsQuantizer(HfQuantizer):  # type: ignore[misc]
         if self.pre_quantized and not files and (asked.files or asked.awaited):
             layouts = {name: PackedLayout(shape, flat=False) for name, shape in asked.awaited.items()}
             layouts = layouts or _layouts_in_files(asked.files, self.spec)
-            awaited = _packed_layers(model, layouts, Path(asked.files[0]).parent if asked.files else Path())
+            folder = Path(asked.files[0]).parent if asked.files else Path()
+            experts = _packed_experts(model, layouts, folder)
+            awaited = _packed_layers(model, layouts, folder, experts)
             for name, weight in awaited.items():
                 replace_module(model, name, AwaitedLayer(model.get_submodule(name), weight))
+            for name, held in experts.items():
+                replace_module(model, name, AwaitedExperts(model.get_submodule(name), held))
             packed = list(awaited)
         else:
             flat: set[str] = set()
             if self.pre_quantized and files:
                 layouts = _layouts_in_files(files, self.spec)
-                stored = _packed_layers(model, layouts, Path(files[0]).parent)
+                folder = Path(files[0]).parent
+                experts = _packed_experts(model, layouts, folder)
+                if experts:
+                    raise UnsupportedError(
+                        f"{folder}: the experts of {next(iter(experts))} are packed; transformers' own from_pretrained "
+                        "cannot place them: load the folder with qlora_rs.from_pretrained"
+                    )
+                stored = _packed_layers(model, layouts, folder)
                 packed = list(stored)
                 flat = {name for name in packed if layouts[stored[name]].flat}
             else:
@@ -189,6 +203,9 @@ class QloraRsQuantizer(HfQuantizer):  # type: ignore[misc]
         return None, odd_shapes(model)
 
     def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
+        for name, module in list(model.named_modules()):
+            if isinstance(module, PackedExperts):
+                replace_module(model, name, module.fused(methodcaller("dequantize", dtype)))
         for name, module in list(model.named_modules()):
             if isinstance(module, Linear4bit):
                 linear = nn.Linear(module.in_features, module.out_features, bias=False, device="meta")
@@ -220,11 +237,22 @@ def require_device(device: object) -> None:
 
 def odd_shapes(model: nn.Module) -> dict[str, str]:
     """Metadata ``NAME.shape`` of packed weights whose codes cannot tell it: odd numbers of columns, flat ones."""
-    return {
-        f"{name}.weight.shape": json.dumps([module.out_features, module.in_features])
+    shapes = {
+        f"{name}.weight": json.dumps([module.out_features, module.in_features])
         for name, module in model.named_modules()
         if isinstance(module, Linear4bit) and (module.flat or (module.spec.bits == 4 and module.in_features % 2))
     }
+    saved = _saved_names(model, shapes) if any(".experts." in name for name in shapes) else {}
+    return {f"{saved.get(name, name)}.shape": shape for name, shape in shapes.items()}
+
+
+def _saved_names(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
+    """What transformers calls tensors in the files that it saves, which for some models is not their name."""
+    from transformers.core_model_loading import revert_weight_conversion
+
+    marks = {name: torch.empty(0, device="meta") for name in names}
+    saved = {id(mark): name for name, mark in revert_weight_conversion(model, marks).items()}
+    return {name: saved[id(mark)] for name, mark in marks.items() if id(mark) in saved}
 
 
 def _layouts_in_files(files: Sequence[str], spec: QuantSpec) -> dict[str, PackedLayout]:
@@ -237,12 +265,35 @@ def _layouts_in_files(files: Sequence[str], spec: QuantSpec) -> dict[str, Packed
     return packed_layouts(Source(Path(files[0]).parent, {}, tuple(metadata), tensors, metadata), spec)
 
 
-def _packed_layers(model: Any, layouts: Mapping[str, PackedLayout], folder: Path) -> dict[str, str]:
-    """The model's Linear layers whose weights are among those with ``layouts``, and the weights' names there."""
+def _packed_experts(model: Any, layouts: Mapping[str, PackedLayout], folder: Path) -> dict[str, StoredExperts]:
+    """The model's modules of experts whose weights are among those with ``layouts``."""
+    shapes = {name: layout.shape for name, layout in layouts.items()}
+    found = stored_experts(shapes, model, str(folder))
+    for held in found.values():
+        for names in held.names.values():
+            if isinstance(names, str) and layouts[names].flat:
+                raise UnsupportedError(
+                    f"{folder}: the experts in {names!r} share blocks or scales, as bitsandbytes packs them: no code "
+                    "computes with single ones; `qlora-rs convert --to bf16` dequantizes them"
+                )
+    return found
+
+
+def _packed_layers(
+    model: Any,
+    layouts: Mapping[str, PackedLayout],
+    folder: Path,
+    experts: Mapping[str, StoredExperts] | None = None,
+) -> dict[str, str]:
+    """The model's Linear layers whose weights are among those with ``layouts``, and the weights' names there.
+
+    Those of ``experts`` are not looked for.
+    """
+    of_experts = {name for held in (experts or {}).values() for name in held.all_names()}
     prefix = str(getattr(model, "base_model_prefix", "") or "")
     parameters = dict(model.named_parameters())
     packed = {}
-    for name in sorted(layouts):
+    for name in sorted(set(layouts) - of_experts):
         candidates = (name, f"{prefix}.{name}", name.removeprefix(f"{prefix}."))
         found = next((candidate for candidate in candidates if candidate in parameters), None)
         if found is None:
@@ -288,12 +339,53 @@ class AwaitedLayer(nn.Module):
         self.register_parameter("bias", linear.bias)
 
 
-def fill_awaited(model: nn.Module, packed: Callable[[str, tuple[int, int], torch.dtype], PackedTensor]) -> None:
+class AwaitedExperts(nn.Module):
+    """Stands for a module of packed experts while transformers loads everything else.
+
+    Attributes:
+        stored: what the files hold of it.
+        float_dtype: what its layers compute in.
+    """
+
+    def __init__(self, fused: nn.Module, stored: StoredExperts) -> None:
+        super().__init__()
+        self.__dict__["_fused"] = fused
+        self.stored = stored
+        self.float_dtype = fused.get_parameter(DOWN).dtype
+
+    @property
+    def fused(self) -> nn.Module:
+        """The module itself; it is no member, since its weights are not to be loaded."""
+        fused: nn.Module = self.__dict__["_fused"]
+        return fused
+
+
+def fill_awaited(model: nn.Module, packed: Callable[[str, tuple[int, ...], torch.dtype], PackedTensor]) -> None:
     """Put `Linear4bit` where layers are awaited; ``packed`` gives the weights by name, shape and float type."""
     for name, module in list(model.named_modules()):
+        if isinstance(module, AwaitedExperts):
+            replace_module(model, name, _filled_experts(module, packed))
         if isinstance(module, AwaitedLayer):
             layer = Linear4bit.from_packed(packed(module.stored, module.shape, module.float_dtype), module.bias)
             replace_module(model, name, layer.train(module.training))
+
+
+def _filled_experts(
+    awaited: AwaitedExperts, packed: Callable[[str, tuple[int, ...], torch.dtype], PackedTensor]
+) -> PackedExperts:
+    stored, dtype = awaited.stored, awaited.float_dtype
+    columns: dict[str, list[PackedTensor]] = {}
+    for child, names in stored.names.items():
+        shape = stored.shapes[child]
+        if isinstance(names, str):
+            columns[child] = split_experts(packed(names, (stored.count, *shape), dtype))
+        else:
+            columns[child] = [packed(name, shape, dtype) for name in names]
+    experts = [
+        {child: Linear4bit.from_packed(weights[number]) for child, weights in columns.items()}
+        for number in range(stored.count)
+    ]
+    return PackedExperts(awaited.fused, experts).train(awaited.training)
 
 
 def _empty_layer(linear: nn.Linear, spec: QuantSpec, pre_quantized: bool, flat: bool) -> Linear4bit:

@@ -50,6 +50,7 @@ sanitize: $(VENV)/dev.stamp ## the short GPU tests under compute-sanitizer: memc
 	for tool in memcheck racecheck initcheck; do \
 		PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool --error-exitcode 9 --target-processes all \
 			--kernel-name kernel_substring=quantize --kernel-name kernel_substring=_4bit_ \
+			--kernel-name kernel_substring=optimizer_ \
 			$(BIN)/python -m pytest -m sanitize -p no:cacheprovider $(ARGS); \
 	done
 
@@ -126,6 +127,7 @@ bench-gpu: $(VENV)/bench.stamp ## print the benchmark tables of a CUDA device (a
 	$(BIN)/python benchmarks/device_linear.py
 	$(BIN)/python benchmarks/device_linear.py --training
 	$(BIN)/python benchmarks/device_overhead.py
+	$(BIN)/python benchmarks/device_optimizer.py
 
 clean: ## delete what was built (keeps .venv and the downloads in .cache)
 	rm -rf target build dist demo-output $(EXTENSION) $(VENV)/demo.stamp

@@ -16,6 +16,7 @@
 
 #include "dependent_launch.cuh"
 #include "floats.cuh"
+#include "normalizer.cuh"
 #include "scale_tree.cuh"
 
 constexpr int THREADS = 512;
@@ -44,19 +45,6 @@ struct Search {
     int nibbles;
 };
 
-// x = (v * lift) * inverse lies in [-1, 1].
-struct Normalizer {
-    float lift, inverse;
-
-    __device__ __forceinline__ explicit Normalizer(float absmax) {
-        lift = absmax < SUBNORMAL_BELOW ? LIFT : 1.f;
-        inverse = __frcp_rn(__fmul_rn(absmax, lift));
-    }
-    __device__ __forceinline__ float operator()(float value) const {
-        return __fmul_rn(__fmul_rn(value, lift), inverse);
-    }
-};
-
 // Magnitudes order as integers do, NaN above Inf above all: the bits of the largest.
 __device__ __forceinline__ uint32_t largest(const Word<float>& word) {
     uint32_t top = 0;
@@ -83,9 +71,6 @@ template <> __device__ __forceinline__ float absmax_of<__nv_bfloat16>(uint32_t b
 template <> __device__ __forceinline__ float absmax_of<__half>(uint32_t bits) {
     return __half2float(__ushort_as_half(static_cast<unsigned short>(bits)));
 }
-
-// NaN has one form in files.
-__device__ __forceinline__ float stored(float absmax) { return absmax != absmax ? canonical_nan<float>() : absmax; }
 
 // Multiplied by 1 a value stays what it is: only words of subnormal blocks need the first product.
 template <bool LIFTED, typename T>

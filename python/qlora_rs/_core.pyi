@@ -5,11 +5,103 @@ The extension module: private, re-exported under better names by the Python pack
 from os import PathLike
 from typing import Any, Final, SupportsFloat, SupportsIndex, final
 
-from _typeshed import SupportsGetItem
+from _typeshed import SupportsGetItem, SupportsLenAndGetItem
 
+MOST_STEP_PAGES: Final[int]
 NESTED_BLOCK_SIZE: Final[int]
 STATE_BLOCK_SIZE: Final[int]
 __version__: Final[str]
+
+@final
+class DeviceStep:
+    """
+    Steps of one rule over a list of parameters of one device, which is made once and used for many steps.
+
+    The caller keeps all memory alive, that of the tables included, and tells where parameters and gradients are when they
+    have moved.
+    """
+    def __new__(
+        cls,
+        /,
+        rule: str,
+        *,
+        tensors: SupportsGetItem[int, tuple[SupportsIndex, SupportsIndex, SupportsIndex, SupportsIndex]],
+        runs: SupportsGetItem[
+            int,
+            tuple[
+                SupportsIndex,
+                SupportsIndex,
+                SupportsIndex,
+                SupportsIndex,
+                bool,
+                SupportsGetItem[int, tuple[SupportsIndex, SupportsIndex, bool]],
+            ],
+        ],
+        table: tuple[SupportsIndex, SupportsIndex],
+        queue: tuple[SupportsIndex, SupportsIndex],
+    ) -> DeviceStep:
+        """
+        Tables in `table` (bytes of device memory), written on the queue. Runs are in the order of their pages.
+        """
+    def clip(self, /, queue: tuple[SupportsIndex, SupportsIndex], most: SupportsFloat | SupportsIndex) -> None:
+        """
+        Leave at the table's start, as float64, the sum of the gradients' squares and its root, and behind them the factor
+        that brings the root down to `most`.
+        """
+    def clip_factor(self, /) -> int:
+        """
+        Address of the factor that `clip` leaves, a float32.
+        """
+    def make_factors(self, /, queue: tuple[SupportsIndex, SupportsIndex]) -> None:
+        """
+        Count a step of each parameter on the device, and make its factors there.
+        """
+    def set_addresses(
+        self,
+        /,
+        queue: tuple[SupportsIndex, SupportsIndex],
+        params: SupportsGetItem[int, SupportsIndex] | None,
+        grads: SupportsGetItem[int, SupportsIndex] | None,
+    ) -> None:
+        """
+        Where parameters are, and where gradients are; None for what has not changed.
+        """
+    def set_counters(
+        self,
+        /,
+        queue: tuple[SupportsIndex, SupportsIndex],
+        counters: SupportsGetItem[int, tuple[SupportsIndex, SupportsIndex]],
+        groups: SupportsGetItem[int, tuple[SupportsLenAndGetItem[SupportsFloat | SupportsIndex], SupportsIndex, bool]],
+    ) -> None:
+        """
+        What `make_factors` needs: for each parameter the address of its float32 number of steps and its group; for each
+        group its options, the address of its learning rate (0: it is the last of the options), and is that a float64?
+        """
+    def step(
+        self,
+        /,
+        queue: tuple[SupportsIndex, SupportsIndex],
+        *,
+        pages: tuple[SupportsIndex, SupportsIndex],
+        addresses: SupportsGetItem[int, SupportsIndex],
+        sets: SupportsGetItem[
+            int, tuple[SupportsGetItem[int, SupportsFloat | SupportsIndex], SupportsFloat | SupportsIndex]
+        ]
+        | None,
+        clip: SupportsIndex | None,
+    ) -> None:
+        """
+        Update what is in the pages from `pages[0]` to before `pages[1]`, whose `addresses` are given (page 0 has none).
+        `sets` None: those of `make_factors`. `clip`: address of a float32 that multiplies all gradients, or None.
+        """
+    @staticmethod
+    def table_bytes(
+        tensors: SupportsGetItem[int, tuple[SupportsIndex, SupportsIndex, SupportsIndex, SupportsIndex]],
+        runs: SupportsIndex,
+    ) -> int:
+        """
+        Bytes of device memory, at a multiple of 16, that tables take.
+        """
 
 @final
 class DeviceWeight:
@@ -66,6 +158,61 @@ class DeviceWeight:
     def most_fused_tokens(self, /, device: SupportsIndex) -> int:
         """
         Up to how many tokens `linear` multiplies without dequantizing; 0: never.
+        """
+
+@final
+class HostStep:
+    """
+    Steps of one rule over a list of parameters in CPU memory, which is made once and used for many steps.
+
+    The caller keeps their memory alive, and tells where it is when it has moved.
+    """
+    def __new__(
+        cls,
+        /,
+        rule: str,
+        *,
+        tensors: SupportsGetItem[int, tuple[SupportsIndex, SupportsIndex, SupportsIndex, SupportsIndex]],
+        runs: SupportsGetItem[
+            int,
+            tuple[
+                SupportsIndex,
+                SupportsIndex,
+                SupportsIndex,
+                SupportsIndex,
+                bool,
+                SupportsGetItem[int, tuple[SupportsIndex, SupportsIndex, bool]],
+            ],
+        ],
+    ) -> HostStep:
+        """
+        Runs are in the order of their pages.
+        """
+    def set_addresses(
+        self, /, params: SupportsGetItem[int, SupportsIndex], grads: SupportsGetItem[int, SupportsIndex]
+    ) -> None:
+        """
+        Where parameters are, and where gradients are.
+        """
+    def squared_norm(self, /, *, num_threads: SupportsIndex) -> float:
+        """
+        Sum of the squares of all gradients, in float64.
+        """
+    def step(
+        self,
+        /,
+        *,
+        pages: tuple[SupportsIndex, SupportsIndex],
+        addresses: SupportsGetItem[int, SupportsIndex],
+        sets: SupportsGetItem[
+            int, tuple[SupportsGetItem[int, SupportsFloat | SupportsIndex], SupportsFloat | SupportsIndex]
+        ],
+        clip: SupportsFloat | SupportsIndex,
+        num_threads: SupportsIndex,
+    ) -> None:
+        """
+        Update what is in the pages from `pages[0]` to before `pages[1]`, whose `addresses` are given (page 0 has none).
+        `clip` multiplies all gradients. Not to be interrupted: it would be half done.
         """
 
 @final
@@ -311,29 +458,6 @@ def linear(
     dequantized matrix is never written. `absmax`, `scale` and `offset` as in `dequantize`.
     """
 
-def optimizer_step(
-    rule: str,
-    parameters: SupportsGetItem[
-        int,
-        tuple[
-            SupportsGetItem[int, SupportsFloat | SupportsIndex],
-            SupportsFloat | SupportsIndex,
-            tuple[SupportsIndex, SupportsIndex],
-            tuple[SupportsIndex, SupportsIndex],
-            SupportsIndex,
-            SupportsGetItem[
-                int, tuple[tuple[SupportsIndex, SupportsIndex], tuple[tuple[SupportsIndex, SupportsIndex], bool] | None]
-            ],
-        ],
-    ],
-    *,
-    num_threads: SupportsIndex,
-) -> None:
-    """
-    One step of `rule` over parameters, each `(factors, gradient scale, parameter, gradient, dtype, states)`; a state is
-    `(float32 values, None)` or `(codes, (float32 scales, signed))`. Not to be interrupted: it would be half done.
-    """
-
 def pack_checkpoint(
     spec: Spec,
     *,
@@ -391,15 +515,6 @@ def read_header(path: str | PathLike[str]) -> dict[str, Any]:
 def simd_level() -> str:
     """
     The instruction set that the kernels use here: "scalar", "avx2" or "avx512" (`QLORA_RS_SIMD` lowers it).
-    """
-
-def squared_norm(
-    grads: SupportsGetItem[int, tuple[tuple[SupportsIndex, SupportsIndex], SupportsIndex]],
-    *,
-    num_threads: SupportsIndex,
-) -> float:
-    """
-    Sum of the squares of gradients, each `(memory, dtype)`, in float64.
     """
 
 BLOCK_SIZES: Final[list[int]]

@@ -296,10 +296,12 @@ class PagedBuffer:
         Raises:
             PageError: no room beside other acquired buffers; it is frozen, freed, or acquired by others.
         """
+        return self._view(self._acquire(mode), host=False)
+
+    def _acquire(self, mode: Mode) -> int:
+        """`acquire`, for those who need no tensor: the address."""
         pool = self.pool
-        return self._view(
-            pool._core.acquire(self._number, stream=_bridge.stream_of(pool.device), mode=mode), host=False
-        )
+        return pool._core.acquire(self._number, stream=_bridge.stream_of(pool.device), mode=mode)
 
     def _view(self, address: int, *, host: bool) -> Tensor:
         core = self.pool._core

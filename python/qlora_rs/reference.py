@@ -7,6 +7,8 @@ cross a row. Source: Dettmers et al., QLoRA, 2023, and bitsandbytes' file format
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -219,6 +221,26 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x W^T + b in float64: what products are judged against."""
     product = x.double() @ weight.double().T
     return product if bias is None else product + bias.double()
+
+
+def squared_norm(grads: Sequence[Tensor]) -> float:
+    """Sum of the squares of all elements, in float64 and in a fixed order.
+
+    Each gradient is cut into pieces of 4096 elements; of a piece, element i goes into sum i % 128, in index order, and
+    the sums are added in halves, the upper 64 to the lower, then 32, and so on. The pieces' sums are added likewise.
+    """
+    pieces = [piece for grad in grads for piece in grad.flatten().double().square().split(4096) if len(piece)]
+    return float(_side_by_side(torch.stack([_side_by_side(piece) for piece in pieces])) if pieces else 0.0)
+
+
+def _side_by_side(values: Tensor) -> Tensor:
+    rows = torch.nn.functional.pad(values, (0, -len(values) % 128)).view(-1, 128)
+    sums = torch.zeros(128, dtype=torch.float64)
+    for row in rows:
+        sums = sums + row
+    while len(sums) > 1:
+        sums = sums[: len(sums) // 2] + sums[len(sums) // 2 :]
+    return sums[0]
 
 
 def adamw_update(

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import qlora_rs
-from qlora_rs import QuantSpec, direct
+from qlora_rs import QuantSpec, direct, optim
 
 pytestmark = pytest.mark.sanitize
 
@@ -53,3 +53,31 @@ def test_products_with_very_many_rows(columns: int, tokens: int) -> None:
     expected = x.double() @ qlora_rs.dequantize(packed, torch.float32).double().T + 0.5 * xa.double() @ b.double().T
     got = weight.linear(x, None, (xa, b, 0.5)).double()
     assert (got - expected).norm() / expected.norm() < 6e-3
+
+
+@pytest.mark.parametrize(
+    ("cls", "options"),
+    [
+        (optim.AdamW, {}),
+        (optim.AdamW8bit, {"min_8bit_size": 300, "capturable": True}),
+        (optim.Lion8bit, {"min_8bit_size": 1}),
+        (optim.AdEMAMix8bit, {"min_8bit_size": 300}),
+        (optim.SGD8bit, {"momentum": 0.9, "min_8bit_size": 300}),
+        (optim.SGD, {}),
+    ],
+)
+def test_optimizer_steps(cls: type, options: dict) -> None:
+    for dtype in DTYPES:
+        values = [torch.randn(size).to(dtype) for size in (0, 1, 255, 256, 257, 1031, 4097, 9000)]
+        cpu = [torch.nn.Parameter(value.clone()) for value in values]
+        device = [torch.nn.Parameter(value.cuda()) for value in values]
+        theirs, ours = cls(cpu, max_grad_norm=1.0, **options), cls(device, max_grad_norm=1.0, **options)
+        for _ in range(2):
+            for param, twin in zip(device, cpu, strict=True):
+                twin.grad = torch.randn(twin.shape).to(dtype)
+                param.grad = twin.grad.cuda()
+            ours.step()
+            theirs.step()
+        for param, twin in zip(device, cpu, strict=True):
+            torch.testing.assert_close(param.cpu(), twin, rtol=2e-2, atol=1e-5)
+        assert ours.grad_norm == theirs.grad_norm

@@ -1,7 +1,9 @@
 """Optimizers whose state is small: float32 or 8-bit blocks, resident or paged; drop-in for those of ``torch.optim``.
 
-A step updates all parameters in one call. Weight decay is decoupled and comes before the update (SGD's is torch's);
-`max_grad_norm` clips by the global norm and leaves ``.grad`` as it is. Parameters are on the CPU so far.
+A step updates all parameters of a device in one call. Weight decay is decoupled and comes before the update (SGD's is
+torch's); `max_grad_norm` clips by the global norm and leaves ``.grad`` as it is. Parameters are on the CPU or on CUDA
+devices, where a step only queues work; with ``capturable=True`` it counts its steps on the device and takes the
+learning rate from there if it is a tensor there, so that it can be captured into a CUDA graph and replayed.
 
 >>> import torch
 >>> from qlora_rs.optim import AdamW8bit

@@ -32,6 +32,8 @@ class AdamW(StateOptimizer):
         maximize: go up instead of down.
         max_grad_norm: clip gradients to this global norm, over all groups, without changing ``.grad``; afterwards
             ``grad_norm`` is the norm that was found. None: no clipping.
+        more: ``capturable=True`` counts steps on the parameters' CUDA device and makes factors there, so that a step
+            can be captured into a graph; ``lr`` may then be a tensor of that device, whose value each replay takes.
 
     Raises:
         ValueError: an option outside its range.
@@ -84,7 +86,7 @@ class Lion(StateOptimizer):
         betas: of the interpolation and of the moment.
         weight_decay: decoupled, applied before the update; about ten times AdamW's.
         maximize: go up instead of down.
-        max_grad_norm: as `AdamW`'s.
+        max_grad_norm: as `AdamW`'s; ``capturable`` too.
 
     Raises:
         ValueError: an option outside its range.
@@ -135,7 +137,7 @@ class AdEMAMix(StateOptimizer):
         eps: added to the denominator.
         weight_decay: decoupled, applied before the update.
         maximize: go up instead of down.
-        max_grad_norm: as `AdamW`'s.
+        max_grad_norm: as `AdamW`'s; ``capturable`` too.
 
     Raises:
         ValueError: an option outside its range.
@@ -189,7 +191,7 @@ class SGD(StateOptimizer):
         weight_decay: added to the gradient, as torch does here.
         nesterov: look ahead along the momentum.
         maximize: go up instead of down.
-        max_grad_norm: as `AdamW`'s.
+        max_grad_norm: as `AdamW`'s; ``capturable`` too.
 
     Raises:
         ValueError: an option outside its range.

@@ -5,35 +5,20 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from qlora_rs import _bridge
-from qlora_rs._bridge import StateArray, Update
-from qlora_rs.optim.base import StateOptimizer, Work
+from qlora_rs.errors import PageError, UnsupportedError
+from qlora_rs.optim import _bridge
+from qlora_rs.optim._bridge import BLOCK_SIZE, FactorSet, Place, Run, StateArray
+from qlora_rs.optim.base import Clip, StateOptimizer
+from qlora_rs.optim.plan import Part, to_local
 from qlora_rs.optim.rules import StateKind
 from qlora_rs.pool import PagedBuffer, PagedPool
 
-_BLOCK = 256  # elements that share a scale: runs begin at multiples of it
 _ALIGNMENT = 64  # bytes
-
-
-class _Place(NamedTuple):
-    """Where in a page one state of a run is: first byte of its values, and of its scales where it has some."""
-
-    values: int
-    scales: int | None
-
-
-class _Run(NamedTuple):
-    """States of elements ``start:stop`` of a parameter, in one page."""
-
-    start: int
-    stop: int
-    page: int
-    places: dict[str, _Place]
 
 
 class PagedOptimizer(StateOptimizer):
@@ -42,77 +27,118 @@ class PagedOptimizer(StateOptimizer):
     ``state[parameter]`` holds only ``step``; `state_dict` has everything, `load_state_dict` puts it into pages again.
 
     Args:
-        args: those of the optimizer without paging; ``options`` too.
-        pool: where the state lives; several optimizers may share one.
+        args: those of the optimizer without paging; ``options`` too, but not ``capturable``: pages move.
+        pool: where the state lives, on the parameters' device; several optimizers may share one.
         budget: without ``pool``: bytes of memory of a pool of its own.
     """
 
     def __init__(self, *args: Any, pool: PagedPool | None = None, budget: int | str = "1GiB", **options: Any) -> None:
-        super().__init__(*args, **options)
-        self.pool = PagedPool(budget) if pool is None else pool
+        self._pool, self._budget = pool, budget
         self._forget()
+        super().__init__(*args, **options)
+        if pool is None and to_local(self.param_groups[0]["params"][0].detach()).device.type == "cpu":
+            self._pool = PagedPool(budget)  # so that a budget that cannot be is refused at once
+
+    @property
+    def pool(self) -> PagedPool:
+        """Where the state lives. One of its own is made together with the state, on the parameters' device."""
+        if self._pool is None:
+            self._pool = PagedPool(self._budget, to_local(self.param_groups[0]["params"][0].detach()).device)
+        return self._pool
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As torch's.
+
+        Raises:
+            UnsupportedError: it is capturable.
+        """
+        if param_group.get("capturable", self.defaults["capturable"]):
+            raise UnsupportedError(
+                f"{type(self).__name__} cannot be capturable, since pages move: capture the optimizer without paging"
+            )
+        super().add_param_group(param_group)
 
     def _forget(self) -> None:
         self._pages: list[PagedBuffer] = []  # those of before give their memory up
-        self._used = self.pool.page_size  # bytes of the last page
-        self._runs: dict[Tensor, list[_Run]] = {}
+        self._used = 0  # bytes of the last page
+        self._paged: dict[Tensor, list[Run]] = {}
 
-    def _run(self, work: list[Work], clip: float) -> None:
-        """Page by page, in the order in which they were filled."""
-        by_page: dict[int, list[tuple[Work, _Run]]] = defaultdict(list)
-        resident = []
-        for item in work:
-            kinds = self._kinds(item.group)
-            if not kinds:
-                resident.append(Update(item.factors, item.sign * clip, item.param, item.grad, []))
-                continue
-            for run in self._runs_of(item.key, kinds):
-                by_page[run.page].append((item, run))
-        if resident:
-            _bridge.optimizer_step(self.rule.name, resident)
-        for page in sorted(by_page):
-            with self._pages[page].acquired("write") as memory:
-                updates = []
-                for item, run in by_page[page]:
-                    param, grad = (tensor.view(-1)[run.start : run.stop] for tensor in (item.param, item.grad))
-                    states = [array for _, array in self._views(memory, run, self._kinds(item.group))]
-                    updates.append(Update(item.factors, item.sign * clip, param, grad, states))
-                _bridge.optimizer_step(self.rule.name, updates)
+    def _run(self, part: Part, sets: list[FactorSet] | None, clip: Clip) -> None:
+        """As many pages in one call as there is room for at once; where not all have room, one after the other, so that
+        the pool fetches and writes back while others are updated.
+        """
+        pages = part.program.pages  # 0, and numbers in `_pages` from 1 on
+        if pages and pages[0] == 0:
+            self._run_pages(part, (0, 1), [], sets, clip)
+            pages = pages[1:]
+        fit = len(pages) <= self.pool.budget // self.pool.page_size
+        while pages:
+            most = min(_bridge.MOST_PAGES, len(pages)) if fit else 1
+            together = [page for index, page in enumerate(pages[:most]) if page == pages[0] + index]
+            held = self._acquire(together)
+            try:
+                self._run_pages(part, (pages[0], pages[0] + len(held)), held, sets, clip)
+            finally:
+                for page in pages[: len(held)]:
+                    self._pages[page - 1].release()
+            pages = pages[len(held) :]
+
+    def _acquire(self, pages: list[int]) -> list[int]:
+        """Addresses of pages from the first on, fewer than asked for where others hold the room."""
+        held: list[int] = []
+        for page in pages:
+            try:
+                held.append(self._pages[page - 1]._acquire("write"))
+            except PageError:
+                if not held:
+                    raise
+                break
+        return held
 
     @staticmethod
-    def _views(memory: Tensor, run: _Run, kinds: tuple[StateKind, ...]) -> Iterator[tuple[str, StateArray]]:
+    def _views(memory: Tensor, run: Run, kinds: tuple[StateKind, ...]) -> Iterator[tuple[str, StateArray]]:
         count = run.stop - run.start
-        for name, signed in kinds:
-            values, scales = run.places[name]
-            if scales is None:
-                yield name, StateArray(memory[values : values + 4 * count].view(torch.float32), None, signed)
-            else:
-                absmax = memory[scales : scales + 4 * -(-count // _BLOCK)].view(torch.float32)
+        for (name, _), (values, scales, signed) in zip(kinds, run.states, strict=True):
+            if run.eight:
+                absmax = memory[scales : scales + 4 * -(-count // BLOCK_SIZE)].view(torch.float32)
                 yield name, StateArray(memory[values : values + count], absmax, signed)
+            else:
+                yield name, StateArray(memory[values : values + 4 * count].view(torch.float32), None, signed)
 
-    def _runs_of(self, key: Tensor, kinds: tuple[StateKind, ...]) -> list[_Run]:
+    def _runs_of(self, key: Tensor, group: dict[str, Any]) -> list[Run]:
+        kinds = self._kinds(group)
+        return self._paged_runs(key, kinds) if kinds else super()._runs_of(key, group)
+
+    def _paged_runs(self, key: Tensor, kinds: tuple[StateKind, ...]) -> list[Run]:
         """Where a parameter's states are; zeros where it had none."""
-        if key not in self._runs:
-            elements, runs, start = self._local(key).numel(), [], 0
+        param, pool = to_local(key.detach()), self.pool
+        if param.device.type != pool.device.type or pool.device.index not in (None, param.device.index):
+            raise UnsupportedError(
+                f"{type(self).__name__}: a parameter of shape {list(key.shape)} is on {param.device}, the pool on "
+                f"{pool.device}: give parameters of each device an optimizer and a pool of their own"
+            )
+        if key not in self._paged:
+            elements, runs, start = param.numel(), [], 0
             eight = self._is_8bit(key)
-            block = (_BLOCK + 4 if eight else 4 * _BLOCK) * len(kinds)
+            block = (BLOCK_SIZE + 4 if eight else 4 * BLOCK_SIZE) * len(kinds)
             padding = 2 * _ALIGNMENT * len(kinds)
             while start < elements:
-                blocks = (self.pool.page_size - self._used - padding) // block
+                blocks = (pool.page_size - self._used - padding) // block if self._pages else 0
                 if blocks <= 0:
                     name = f"{type(self).__name__} page {len(self._pages)}"
-                    self._pages.append(self.pool.zeros(self.pool.page_size, torch.uint8, name=name))
+                    self._pages.append(pool.zeros(pool.page_size, torch.uint8, name=name))
                     self._used = 0
                     continue
-                stop = min(elements, start + blocks * _BLOCK)
-                places = {}
-                for name, _ in kinds:
+                stop = min(elements, start + blocks * BLOCK_SIZE)
+                places = []
+                for _, signed in kinds:
                     values = self._take((stop - start) * (1 if eight else 4))
-                    places[name] = _Place(values, self._take(4 * -(-(stop - start) // _BLOCK)) if eight else None)
-                runs.append(_Run(start, stop, len(self._pages) - 1, places))
+                    scales = self._take(4 * -(-(stop - start) // BLOCK_SIZE)) if eight else 0
+                    places.append(Place(values, scales, signed))
+                runs.append(Run(start, stop, len(self._pages), eight, tuple(places)))
                 start = stop
-            self._runs[key] = runs
-        return self._runs[key]
+            self._paged[key] = runs
+        return self._paged[key]
 
     def _take(self, count: int) -> int:
         start = self._used
@@ -125,19 +151,19 @@ class PagedOptimizer(StateOptimizer):
         number = 0
         for group in self.param_groups:
             for key in group["params"]:
-                if key in self._runs:
+                if key in self._paged:
                     packed["state"][number] = {**packed["state"][number], **self._gathered(key, self._kinds(group))}
                 number += 1
         return packed
 
     def _gathered(self, key: Tensor, kinds: tuple[StateKind, ...]) -> dict[str, Tensor]:
         parts: dict[str, list[Tensor]] = defaultdict(list)
-        for run in self._runs[key]:
-            for name, array in self._views(self._pages[run.page].host(), run, kinds):
+        for run in self._paged[key]:
+            for name, array in self._views(self._pages[run.page - 1].host(), run, kinds):
                 parts[name].append(array.values.clone())
                 if array.absmax is not None:
                     parts[f"{name}_absmax"].append(array.absmax.clone())
-        shape = self._local(key).shape
+        shape = to_local(key.detach()).shape
         whole = {name: torch.cat(pieces) for name, pieces in parts.items()}
         return {name: values if name.endswith("_absmax") else values.view(shape) for name, values in whole.items()}
 
@@ -145,13 +171,13 @@ class PagedOptimizer(StateOptimizer):
         if values is None:
             return
         kinds = self.rule.states
-        flat, scales = values[0].reshape(-1), values[1]
-        for run in self._runs_of(key, kinds):
-            with self._pages[run.page].acquired("write") as memory:
+        flat, scales = to_local(values[0]).reshape(-1), values[1]
+        for run in self._paged_runs(key, kinds):
+            with self._pages[run.page - 1].acquired("write") as memory:
                 array = dict(self._views(memory, run, kinds))[name]
                 array.values.copy_(flat[run.start : run.stop])
                 if array.absmax is not None and scales is not None:
-                    array.absmax.copy_(scales[run.start // _BLOCK : -(-run.stop // _BLOCK)])
+                    array.absmax.copy_(scales[run.start // BLOCK_SIZE : -(-run.stop // BLOCK_SIZE)])
 
     def __getstate__(self) -> dict[str, Any]:
         """Refused: a copy would share the pages."""

@@ -86,6 +86,15 @@ def _sgd(group: Group, step: int) -> list[float]:
     return [group["weight_decay"], group["momentum"], rest, float(group["nesterov"]), float(group["lr"])]
 
 
+def device_options(group: Group) -> tuple[float, ...]:
+    """What a kernel makes any rule's factors from, as the functions above do (``GroupOptions`` of optimizer.cu)."""
+    betas = (*group.get("betas", ()), 0.0, 0.0, 0.0)[:3]
+    names = ("eps", "alpha", "t_alpha", "t_beta3", "momentum", "dampening", "nesterov")
+    sign = -1.0 if group["maximize"] else 1.0
+    rest = (float(group.get(name) or 0.0) for name in names)
+    return (float(group["weight_decay"]), *map(float, betas), *rest, sign, float(group["lr"]))
+
+
 ADAMW = Rule("adamw", (StateKind("exp_avg", True), StateKind("exp_avg_sq", False)), _adamw)
 LION = Rule("lion", (StateKind("exp_avg", True),), _lion)
 ADEMAMIX = Rule(

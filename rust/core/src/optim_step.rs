@@ -14,6 +14,11 @@ const PIECE: usize = 64 * STATE_BLOCK_SIZE;
 /// Elements that are decoded together: with three states they fit the first-level cache.
 const CHUNK: usize = 4 * STATE_BLOCK_SIZE;
 
+/// Elements of a gradient whose squares are summed together.
+const SQUARES_PIECE: usize = 4096;
+/// Sums side by side.
+const SUMS: usize = 128;
+
 /// One state array of a parameter.
 #[derive(Debug)]
 pub enum State<'a> {
@@ -70,12 +75,12 @@ pub fn optimizer_step_at(
     parallel.for_each(pieces, &Control::default(), |piece| run(level, piece))
 }
 
-/// The sum of the gradients' squares, in float64 by a fixed order.
+/// The sum of the gradients' squares, in float64 by a fixed order, which `kernels/optimizer.cu` keeps too: each gradient in
+/// pieces of 4096 elements, [`side_by_side`] in each, and again over the sums of all pieces.
 ///
 /// # Errors
 /// None but the instruction set's.
 pub fn squared_norm(grads: &[Floats<'_>], parallel: &Parallel) -> Result<f64, CoreError> {
-    let mut sums: Vec<f64> = Vec::new();
     let mut pieces = Vec::new();
     for grad in grads {
         let mut rest = *grad;
@@ -85,28 +90,43 @@ pub fn squared_norm(grads: &[Floats<'_>], parallel: &Parallel) -> Result<f64, Co
             rest = left;
         }
     }
-    sums.resize(pieces.len(), 0.0);
-    let work: Vec<_> = pieces.into_iter().zip(&mut sums).collect();
-    parallel.for_each(work, &Control::default(), |(piece, sum)| {
-        *sum = match piece {
-            Floats::F32(values) => squares(values),
-            Floats::Bf16(values) => squares(values),
-            Floats::F16(values) => squares(values),
-        };
-    })?;
-    Ok(sums.iter().sum())
+    let piece_sums = |piece| match piece {
+        Floats::F32(values) => squares(values),
+        Floats::Bf16(values) => squares(values),
+        Floats::F16(values) => squares(values),
+    };
+    let mut sums = vec![0.0; pieces.iter().map(|piece| piece.len().div_ceil(SQUARES_PIECE)).sum()];
+    let mut rest = sums.as_mut_slice();
+    let mut work = Vec::with_capacity(pieces.len());
+    for piece in pieces {
+        let (own, others) = rest.split_at_mut(piece.len().div_ceil(SQUARES_PIECE));
+        rest = others;
+        work.push((piece, own));
+    }
+    parallel.for_each(work, &Control::default(), |(piece, sums)| sums.copy_from_slice(&piece_sums(piece)))?;
+    Ok(side_by_side(&sums, |&sum| sum))
 }
 
-/// In eight sums side by side, so that one need not wait for the other.
-fn squares<T: Element>(values: &[T]) -> f64 {
-    let mut sums = [0.0f64; 8];
-    for values in values.chunks(8) {
-        for (sum, value) in sums.iter_mut().zip(values) {
-            let value = f64::from(value.widen());
-            *sum += value * value;
+fn squares<T: Element>(values: &[T]) -> Vec<f64> {
+    let square = |value: &T| f64::from(value.widen()) * f64::from(value.widen());
+    values.chunks(SQUARES_PIECE).map(|piece| side_by_side(piece, square)).collect()
+}
+
+/// Item i goes into sum i % 128; the sums are added in halves, the upper to the lower.
+fn side_by_side<T>(items: &[T], value: impl Fn(&T) -> f64) -> f64 {
+    let mut sums = [0.0f64; SUMS];
+    for items in items.chunks(SUMS) {
+        for (sum, item) in sums.iter_mut().zip(items) {
+            *sum += value(item);
         }
     }
-    sums.iter().sum()
+    let mut half = SUMS / 2;
+    while half > 0 {
+        let (lower, upper) = sums.split_at_mut(half);
+        lower.iter_mut().zip(upper).for_each(|(lower, upper)| *lower += *upper);
+        half /= 2;
+    }
+    sums[0]
 }
 
 fn check(index: usize, parameter: &Parameter<'_>) -> Result<(), CoreError> {

@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::ffi::{CString, c_void};
 use std::path::Path;
-use std::sync::{Mutex, PoisonError, RwLock};
+use std::sync::{Mutex, OnceLock, PoisonError, RwLock};
 
 use cudarc::driver::{result, sys};
 
@@ -62,6 +62,8 @@ pub(crate) static DOUBLE_QUANTIZE: KernelFile = KernelFile(&[
     ptx!("double_quantize_sm75", (7, 5)),
 ]);
 
+pub(crate) static OPTIMIZER: KernelFile = KernelFile(&[ptx!("optimizer", (7, 5))]);
+
 pub(crate) static LINEAR_BF16: KernelFile =
     KernelFile(&[ptx!("linear_4bit_bf16_sm90", (9, 0)), ptx!("linear_4bit_bf16_sm80", (8, 0))]);
 pub(crate) static LINEAR_F16: KernelFile =
@@ -80,10 +82,11 @@ pub(crate) static GEMM_HOPPER_BF16: KernelFile = KernelFile(&[ptx!("gemm_4bit_sm
 pub(crate) static GEMM_HOPPER_F16: KernelFile = KernelFile(&[ptx!("gemm_4bit_sm90_f16", (9, 0), true)]);
 
 /// All of them, for [`Device::warmup`].
-static FILES: [&KernelFile; 13] = [
+static FILES: [&KernelFile; 14] = [
     &DEQUANTIZE,
     &QUANTIZE,
     &DOUBLE_QUANTIZE,
+    &OPTIMIZER,
     &LINEAR_BF16,
     &LINEAR_F16,
     &LINEAR_WIDE_BF16,
@@ -108,6 +111,8 @@ pub(crate) struct Function {
     /// Bytes of dynamic shared memory that it has been allowed. The driver sets what it is told, not the larger, so that
     /// two threads must not do this at once.
     allowed_shared: Mutex<u32>,
+    /// CTAs that are on a multiprocessor at once; asked for once.
+    resident: OnceLock<u32>,
 }
 
 // SAFETY: a CUfunction is a handle that the driver lets any thread use.
@@ -130,6 +135,19 @@ impl Function {
             *allowed = bytes;
         }
         Ok(())
+    }
+
+    /// CTAs of this many threads, without dynamic shared memory, that are on a multiprocessor at once. Always asked for the
+    /// same number.
+    pub(crate) fn resident_ctas(&self, threads: u32) -> Result<u32, CudaError> {
+        if let Some(&known) = self.resident.get() {
+            return Ok(known);
+        }
+        // SAFETY: the handle lives as long as the process.
+        let count =
+            unsafe { result::occupancy::max_active_block_per_multiprocessor(self.handle, threads.cast_signed(), 0) }
+                .map_err(failed("cuOccupancyMaxActiveBlocksPerMultiprocessor"))?;
+        Ok(*self.resident.get_or_init(|| u32::try_from(count).unwrap_or(1).max(1)))
     }
 }
 
@@ -158,7 +176,8 @@ impl Device {
             .map_err(|_| CudaError::Unsupported(format!("kernel name {name:?}")))?;
         // SAFETY: `module` was loaded on this device and is never unloaded.
         let handle = unsafe { result::module::get_function(module, symbol) }.map_err(failed("cuModuleGetFunction"))?;
-        let function = &*Box::leak(Box::new(Function { handle, allowed_shared: Mutex::new(0) }));
+        let function =
+            &*Box::leak(Box::new(Function { handle, allowed_shared: Mutex::new(0), resident: OnceLock::new() }));
         Ok(functions.write().unwrap_or_else(PoisonError::into_inner).entry(name).or_insert(function))
     }
 

@@ -23,7 +23,7 @@ impl IntoPyErr for CudaError {
 }
 
 /// Device index and the stream's handle, as `_bridge.py` gives them.
-type QueueOf = (i32, usize);
+pub type QueueOf = (i32, usize);
 
 /// Launching can wait for room in the driver's queue, and a kernel's first use compiles it: not under the GIL.
 fn run<F>(py: Python<'_>, work: F) -> PyResult<()>
@@ -33,7 +33,7 @@ where
     py.detach(work).map_err(IntoPyErr::into_py_err)
 }
 
-fn queue_of((device, stream): QueueOf) -> Queue {
+pub fn queue_of((device, stream): QueueOf) -> Queue {
     Queue { device, stream }
 }
 

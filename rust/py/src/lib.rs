@@ -3,6 +3,7 @@
 mod boundary;
 mod checkpoint;
 mod cuda;
+mod cuda_optim;
 mod device;
 mod dlpack;
 mod load;
@@ -25,11 +26,13 @@ mod _core {
     #[pymodule_export]
     use super::cuda::{DeviceWeight, cuda_quantize, cuda_quantize_scratch, cuda_warmup};
     #[pymodule_export]
+    use super::cuda_optim::DeviceStep;
+    #[pymodule_export]
     use super::device::driver_probe;
     #[pymodule_export]
     use super::load::cuda_load;
     #[pymodule_export]
-    use super::optim::{dequantize_state, optimizer_step, quantize_state, squared_norm};
+    use super::optim::{HostStep, dequantize_state, quantize_state};
     #[pymodule_export]
     use super::paging::Pool;
     #[pymodule_export]
@@ -44,6 +47,8 @@ mod _core {
     const NESTED_BLOCK_SIZE: usize = qlora_core::NESTED_BLOCK_SIZE;
     #[pymodule_export]
     const STATE_BLOCK_SIZE: usize = qlora_core::STATE_BLOCK_SIZE;
+    #[pymodule_export]
+    const MOST_STEP_PAGES: usize = qlora_cuda::MOST_PAGES;
 
     #[pymodule_init]
     fn init(module: &Bound<'_, PyModule>) -> PyResult<()> {

@@ -20,6 +20,7 @@ def reproducible(device: torch.device) -> Iterator[None]:
         yield
         return
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read once, when the first product is made
+    torch.cuda.init()  # or there are no figures yet
     torch.cuda.reset_peak_memory_stats(device)
     switches: Any = torch.utils.deterministic  # its switch is made by a class of modules
     before = (torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from safetensors.torch import load_file, save_file
 import qlora_rs
 from qlora_rs import FormatError, QuantSpec, UnsupportedError, reference
 from qlora_rs.checkpoint import analysis as module
-from qlora_rs.checkpoint import analyze, figures, quantize, slices
+from qlora_rs.checkpoint import analyze, convert, figures, quantize, slices
 
 NAME = "model.layers.1.mlp.down_proj.weight"  # rows of 131: short blocks, an odd number of columns
 
@@ -219,3 +220,25 @@ def test_progress_reaches_the_bytes_of_the_packed_weights(make_model, tmp_path) 
 )
 def test_parts_are_names_without_numbers(name, part) -> None:
     assert figures.part_of(name) == part
+
+
+@pytest.mark.parametrize(
+    "name", ["gptq-4bit-g32-asym-act-order", "gptq-3bit-g32-sym-act-order", "awq-g32", "ct-int4-g32-asym"]
+)
+def test_a_source_of_another_library_is_measured_against_as_its_values(name, tmp_path) -> None:
+    golden = Path(__file__).resolve().parent.parent / "golden" / "foreign" / name
+    convert(golden, tmp_path / "plain", "fp16" if "float16" in (golden / "expected.json").read_text() else "bf16")
+    quantize(tmp_path / "plain", tmp_path / "packed")
+    found, expected = analyze(tmp_path / "packed", golden), analyze(tmp_path / "packed", tmp_path / "plain")
+    assert 0.05 < found.relative_error < 0.2
+    assert found.weights == expected.weights
+    assert found.step_counts == expected.step_counts
+
+
+def test_a_gguf_file_is_a_source(make_tiny_llama, tmp_path) -> None:
+    source = make_tiny_llama(tmp_path / "source", hidden_size=96, intermediate_size=160, num_attention_heads=8)
+    convert(source, tmp_path / "model.gguf", "gguf", output_type="bf16")
+    quantize(source, tmp_path / "packed")
+    found, expected = analyze(tmp_path / "packed", tmp_path / "model.gguf"), analyze(tmp_path / "packed", source)
+    assert found.relative_error == pytest.approx(expected.relative_error, rel=1e-6)
+    assert {w.name: w.error.max_abs for w in found.weights} == {w.name: w.error.max_abs for w in expected.weights}

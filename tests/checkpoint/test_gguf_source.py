@@ -359,3 +359,19 @@ def test_what_is_made_for_a_while_is_removed(llama, tmp_path, monkeypatch) -> No
     del source
     assert list(tmp_path.iterdir()) == []
     shutil.rmtree(tmp_path)
+
+
+def test_a_file_is_read_once_until_it_changes(tmp_path, monkeypatch) -> None:
+    from qlora_rs.checkpoint import gguf_source
+
+    path = write(tmp_path / "model.gguf", tiny("llama"))
+    read = []
+    monkeypatch.setattr(gguf_source, "check_header", lambda file: read.append(file))
+    first = open_float_source(path)
+    inspect(path)
+    assert open_float_source(path).foreign is first.foreign
+    assert read == [path]
+    write(tmp_path / "new.gguf", tiny("llama", num_hidden_layers=2))
+    (tmp_path / "new.gguf").replace(path)
+    assert open_float_source(path).config["num_hidden_layers"] == 2
+    assert len(read) == 2

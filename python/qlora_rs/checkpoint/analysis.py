@@ -54,14 +54,16 @@ def analyze(
 
     Args:
         path: a packed folder, native or of bitsandbytes in 4 bits.
-        source: the 16- or 32-bit folder that it was made from: errors are measured against its weights. Without it
-            there are no errors. Its hashes are not checked (`verify` does that).
+        source: the 16- or 32-bit folder that it was made from, or what is read as one (GPTQ, AWQ, compressed-tensors, a
+            GGUF file): errors are measured against its weights. Without it there are no errors. Its hashes are not
+            checked (`verify` does that).
         progress: called with (bytes done, bytes in all) of the packed weights.
 
     Raises:
         FileNotFoundError, NotADirectoryError: there is no such folder.
         FormatError: a file is damaged; ``source`` lacks a packed weight, or has it in another shape.
-        UnsupportedError: the folder is not packed in one way that is known here, or ``source`` is quantized.
+        UnsupportedError: the folder is not packed in one way that is known here, or ``source`` is quantized in a way
+            that is not read.
         OSError: the system failed, with the file's name.
 
     >>> analyze("SmolLM2-135M-nf4", "SmolLM2-135M").relative_error  # doctest: +SKIP

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +60,7 @@ class GgufWeight(ForeignWeight):
 
 
 def open_gguf(path: Path) -> Source:
-    """Open a GGUF file of a family that is known here.
+    """Open a GGUF file of a family that is known here. The last one that was opened is not read again, if unchanged.
 
     Tensors have the names and the row order that transformers gives them; those in blocks have the type F32, in which
     gguf-py dequantizes. ``config`` is made of the file's fields.
@@ -68,6 +70,19 @@ def open_gguf(path: Path) -> Source:
         FormatError: it is damaged, or lacks a tensor or field that its architecture needs.
         UnsupportedError: gguf-py is not installed, or does not know a type in it; another architecture; a split file.
         OSError: the system failed.
+    """
+    require_gguf("reading GGUF files")
+    status = os.stat(path)
+    source, cuts = _opened(path, (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns))
+    return replace(source, beside=Beside(path, source.config, cuts))  # what is made beside it goes with each
+
+
+@lru_cache(maxsize=1)
+def _opened(path: Path, identity: tuple[int, ...]) -> tuple[Source, str]:
+    """The file, and the name of its way to cut text.
+
+    ``identity`` tells a file from another that takes its name later. A header of many tokens takes seconds to read,
+    and a command asks for it several times.
     """
     gguf = require_gguf("reading GGUF files")
     check_header(path)
@@ -105,8 +120,7 @@ def open_gguf(path: Path) -> Source:
     original = Source(path.parent, marked, (path.name,), {}, {path.name: {}})
     tensors = {name: weight.as_float() for name, weight in weights.items()}
     cuts = str(fields.get("tokenizer.ggml.pre", "")) if fields.get("tokenizer.ggml.model") == "gpt2" else ""
-    beside = Beside(path, config, cuts)
-    return replace(original, config=config, tensors=tensors, foreign=weights, original=original, beside=beside)
+    return replace(original, config=config, tensors=tensors, foreign=weights, original=original), cuts
 
 
 def round_kept(source: Source, packed: Collection[str]) -> tuple[Source, int]:

@@ -34,7 +34,11 @@ def inspect(
     ] = None,
     source: Annotated[
         Path | None,
-        typer.Option("--source", metavar="SRC", help="The 16-bit model it was made from: errors are against it."),
+        typer.Option(
+            "--source",
+            metavar="SRC",
+            help="The model it was made from, 16-bit, GPTQ, AWQ, ... or .gguf: errors are against it.",
+        ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as one JSON document.")] = False,
 ) -> None:

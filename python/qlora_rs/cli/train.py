@@ -16,7 +16,12 @@ from qlora_rs.cli.training_progress import training_progress
 def train(
     model: Annotated[
         Path,
-        typer.Option("--model", metavar="M", help="Model folder; `qlora-rs quantize` makes one.", show_default=False),
+        typer.Option(
+            "--model",
+            metavar="M",
+            help="Model folder, as `qlora-rs quantize` makes one, or a GGUF file.",
+            show_default=False,
+        ),
     ],
     data: Annotated[
         Path,

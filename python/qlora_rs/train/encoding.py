@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qlora_rs.checkpoint.gguf_source import is_gguf_file, open_gguf
 from qlora_rs.errors import FormatError, UnsupportedError, require_extra
 from qlora_rs.train.chat import ChatTemplate, Messages, Span
 from qlora_rs.train.records import Record
@@ -45,23 +46,25 @@ class Sample:
         return int(self.counted.sum())
 
 
-def load_tokenizer(folder: Path) -> Any:
-    """The tokenizer of a model folder.
+def load_tokenizer(path: Path) -> Any:
+    """The tokenizer of a model folder, or of a GGUF file.
 
     Raises:
         FormatError: there is none that can be read.
         UnsupportedError: transformers is not installed, or the tokenizer cannot tell the place of its tokens.
     """
     transformers = require_extra("transformers", "train", "training")
+    source = open_gguf(path) if is_gguf_file(path) else None  # what it makes is there as long as it lives
+    folder = path if source is None else source.companions_folder()
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(
             str(folder), local_files_only=True, trust_remote_code=False
         )
     except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
-        raise FormatError(f"{folder}: no tokenizer can be read: {error}") from error
+        raise FormatError(f"{path}: no tokenizer can be read: {error}") from error
     if not tokenizer.is_fast:
         raise UnsupportedError(
-            f"{folder}: its tokenizer ({type(tokenizer).__name__}) cannot tell which characters a token covers; "
+            f"{path}: its tokenizer ({type(tokenizer).__name__}) cannot tell which characters a token covers; "
             "training needs one with a tokenizer.json"
         )
     return tokenizer

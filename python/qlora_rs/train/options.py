@@ -17,7 +17,8 @@ class TrainOptions:
     """A run of `train`; the command line's options have the same names and defaults.
 
     Attributes:
-        model: model folder, packed or in 16 bits; the latter is quantized on the way in (NF4, double quantization).
+        model: model folder, packed or not, or a GGUF file; what is not packed is quantized on the way in (NF4, double
+            quantization).
         data: JSONL file, see `qlora_rs.train.records`.
         output: folder for the adapter, the log, the loss curve and the state for ``resume``.
         r, lora_alpha, lora_dropout, target_modules, use_rslora: see `qlora_rs.attach_lora`.

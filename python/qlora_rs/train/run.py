@@ -9,7 +9,9 @@ from typing import Any
 
 import torch
 
-from qlora_rs.checkpoint.source import find_quantization_config, read_config, require_folder
+from qlora_rs.checkpoint.dequantized import READERS
+from qlora_rs.checkpoint.gguf_source import is_gguf_file, open_gguf
+from qlora_rs.checkpoint.source import find_quantization_config, read_config, require_model
 from qlora_rs.errors import FormatError, UnsupportedError, require_extra
 from qlora_rs.lora import AttachReport, attach_lora
 from qlora_rs.model import from_pretrained, resolve_device, resolve_dtype
@@ -33,7 +35,7 @@ def train(
     on_step: StepCallback | None = None,
     on_message: MessageCallback | None = None,
 ) -> TrainReport:
-    """Train LoRA adapters on a model folder's Linear layers, and write them to ``options.output``.
+    """Train LoRA adapters on a model's Linear layers, and write them to ``options.output``.
 
     Everything that can be checked without the model (options, output, data, state to resume) is, before it is loaded.
 
@@ -56,8 +58,8 @@ def train(
     callbacks = Callbacks(on_step, on_message)
     require_extra("transformers", "train", "training")
     require_matplotlib(EXTRA, PURPOSE)
-    require_folder(options.model)
-    config = read_config(options.model)
+    require_model(options.model)
+    config = open_gguf(options.model).config if is_gguf_file(options.model) else read_config(options.model)
     device = resolve_device(options.device)
     check_output(options)
     state = read_state(options.output / STATE_FILE) if options.resume else None
@@ -69,9 +71,11 @@ def train(
         _check_resumable(state, settings, options)
     for line in str(dataset.report).splitlines():
         callbacks.message(line)
-    if find_quantization_config(config) is None:
+    method = (find_quantization_config(config) or {}).get("quant_method")
+    if method is None or method in READERS:
+        held = "is not packed" if method is None else f"is quantized by {method}"
         callbacks.message(
-            f"{options.model} is not packed: quantized on the way in (NF4, double quantization); "
+            f"{options.model} {held}: quantized on the way in (NF4, double quantization); "
             "`qlora-rs quantize` does that once and for all"
         )
     with reproducible(device):

@@ -19,6 +19,8 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from qlora_rs.checkpoint.folder import replacing
+from qlora_rs.checkpoint.gguf_source import is_gguf_file
+from qlora_rs.checkpoint.source import CONFIG
 from qlora_rs.errors import FormatError, UnsupportedError
 from qlora_rs.lora import lora_modules
 
@@ -148,13 +150,15 @@ def restore(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: Mapping
     optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
 
 
-def model_digest(folder: Path) -> str:
-    """Tells model folders apart: of config.json, and of each weight file its name, size, start and places in it.
+def model_digest(model: Path) -> str:
+    """Tells models apart: of config.json, and of each weight file its name, size, start and places in it. A GGUF file
+    is all of that.
 
     Not of every byte, as that would take longer than loading; another model differs at each place that is read.
     """
-    digest = hashlib.sha256((folder / "config.json").read_bytes())
-    for path in sorted(folder.glob("*.safetensors")):
+    folder = not is_gguf_file(model)
+    digest = hashlib.sha256((model / CONFIG).read_bytes() if folder else b"")
+    for path in sorted(model.glob("*.safetensors")) if folder else [model]:
         size = path.stat().st_size
         digest.update(f"{path.name} {size}".encode())
         with open(path, "rb") as file:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,6 +10,9 @@ from torch import Tensor
 
 from qlora_rs import direct
 from qlora_rs.spec import QuantSpec
+
+# Rows and columns of the weight, quant_type, block_size, codebook.
+Layout = tuple[int, int, str, int, Sequence[float] | None]
 
 
 class FlatProduct:
@@ -20,17 +23,10 @@ class FlatProduct:
         spec: how it is quantized.
     """
 
-    __slots__ = ("_format", "shape")
+    __slots__ = ("_layout",)
 
     def __init__(self, shape: tuple[int, int], spec: QuantSpec) -> None:
-        self.shape = shape
-        codebook = None if spec.codebook is None else list(spec.codebook)
-        self._format = math.prod(shape), spec.quant_type, spec.block_size, codebook
-
-    def weight(self, parts: direct.Parts, dtype: torch.dtype) -> Tensor:
-        """W in ``dtype``."""
-        row: Tensor = torch.ops.qlora_rs.dequantize(*parts, *self._format, dtype)
-        return row.view(self.shape)
+        self._layout: Layout = (*shape, spec.quant_type, spec.block_size, spec.codebook)
 
     def __call__(self, x: Tensor, parts: direct.Parts, bias: Tensor | None) -> Tensor:
         """x (..., in), float32, bfloat16 or float16 (under autocast its type) -> (..., out) in that type.
@@ -41,38 +37,50 @@ class FlatProduct:
         kind = x.device.type
         if torch.is_autocast_enabled(kind) and x.dtype in direct.DTYPES:
             x = x.to(torch.get_autocast_dtype(kind))
-        y: Tensor = _Recorded.apply(x, bias, self, *parts)
+        y: Tensor = _Recorded.apply(x, bias, *self._layout, *parts)
         return y
 
     def product(self, x: Tensor, parts: direct.Parts, bias: Tensor | None) -> Tensor:
         """x W^T + b, of which nothing is kept."""
-        if x.ndim == 0 or x.shape[-1] != self.shape[1]:
-            raise ValueError(f"x has shape {list(x.shape)}; its last dimension must be in_features = {self.shape[1]}")
-        if x.device != parts[0].device:
-            raise ValueError(f"x is on {x.device}, the weight is on {parts[0].device}: move one of them")
-        return torch.nn.functional.linear(x, self.weight(parts, x.dtype), None if bias is None else bias.to(x.dtype))
+        return _product(x, parts, bias, self._layout)
 
     def gradient(self, grad: Tensor, parts: direct.Parts) -> Tensor:
         """The gradient of x: dY W."""
-        return grad @ self.weight(parts, grad.dtype)
+        return grad @ _weight(parts, grad.dtype, self._layout)
+
+
+def _weight(parts: Any, dtype: torch.dtype, layout: Layout) -> Tensor:
+    rows, columns, quant_type, block_size, codebook = layout
+    values = None if codebook is None else list(codebook)
+    row: Tensor = torch.ops.qlora_rs.dequantize(*parts, rows * columns, quant_type, block_size, values, dtype)
+    return row.view(rows, columns)
+
+
+def _product(x: Tensor, parts: Any, bias: Tensor | None, layout: Layout) -> Tensor:
+    columns = layout[1]
+    if x.ndim == 0 or x.shape[-1] != columns:
+        raise ValueError(f"x has shape {list(x.shape)}; its last dimension must be in_features = {columns}")
+    if x.device != parts[0].device:
+        raise ValueError(f"x is on {x.device}, the weight is on {parts[0].device}: move one of them")
+    return torch.nn.functional.linear(x, _weight(parts, x.dtype, layout), None if bias is None else bias.to(x.dtype))
 
 
 class _Recorded(torch.autograd.Function):
-    """Keeps the packed parts only: W is made again where it is needed."""
+    """Keeps the packed parts only: W is made again where it is needed. Plain arguments, which compilers can follow."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, bias: Tensor | None, product: FlatProduct, *parts: Any) -> Tensor:
-        ctx.product = product
+    def forward(ctx: Any, x: Tensor, bias: Tensor | None, *layout_and_parts: Any) -> Tensor:
+        layout, parts = layout_and_parts[:5], layout_and_parts[5:]
+        ctx.layout = layout
         ctx.bias_dtype = None if bias is None else bias.dtype
         ctx.save_for_backward(*parts)
-        codes, absmax, scale, offset = parts
-        return product.product(x, (codes, absmax, scale, offset), bias)
+        return _product(x, parts, bias, layout)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         grad_x = grad_bias = None
         if ctx.needs_input_grad[0]:
-            grad_x = ctx.product.gradient(grad, ctx.saved_tensors)
+            grad_x = grad @ _weight(ctx.saved_tensors, grad.dtype, ctx.layout)
         if ctx.needs_input_grad[1]:
             grad_bias = grad.sum_to_size(grad.shape[-1:]).to(ctx.bias_dtype)
-        return grad_x, grad_bias, None, None, None, None, None
+        return grad_x, grad_bias, *([None] * 9)

@@ -479,7 +479,18 @@ def _build(cls: Any, path: str | None, dtype: torch.dtype, **options: Any) -> tu
         ignore_mismatched_sizes=True,  # so that they are told to us; they are no more welcome
         **options,
     )
+    _cast_renamed(model, dtype)
     return model, info
+
+
+def _cast_renamed(model: nn.Module, dtype: torch.dtype) -> None:
+    """Cast what some versions of transformers forget where a file calls it otherwise, as routers of Mixtral."""
+    strict = getattr(model, "_keep_in_fp32_modules_strict", None) or ()
+    in_float32 = {*(getattr(model, "_keep_in_fp32_modules", None) or ()), *strict}
+    for name, parameter in model.named_parameters():
+        other = parameter.is_floating_point() and parameter.dtype != dtype
+        if other and not in_float32.intersection(name.split(".")):
+            parameter.data = parameter.data.to(dtype)
 
 
 @contextmanager

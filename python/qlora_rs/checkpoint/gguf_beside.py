@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from qlora_rs.checkpoint.folder import write_json
+from qlora_rs.checkpoint.gguf_sentencepiece import TokenizerFields
 from qlora_rs.checkpoint.gguf_tokenizer import mend_tokenizer
 from qlora_rs.checkpoint.source import CONFIG
 from qlora_rs.errors import UnsupportedError, first_line, require_extra
@@ -21,11 +22,11 @@ class Beside:
     Args:
         path: the GGUF file.
         config: ``config.json``.
-        cuts: what the file calls the way in which text is cut before merging.
+        tokenizer: what the file says of its tokenizer.
     """
 
-    def __init__(self, path: Path, config: Mapping[str, Any], cuts: str) -> None:
-        self.path, self.config, self.cuts = path, config, cuts
+    def __init__(self, path: Path, config: Mapping[str, Any], tokenizer: TokenizerFields) -> None:
+        self.path, self.config, self.tokenizer = path, config, tokenizer
         self._folder: Path | None = None
         self._has_tokenizer = False
 
@@ -63,6 +64,6 @@ class Beside:
                 ) from None
             finally:
                 logging.set_verbosity(verbosity)
-            mend_tokenizer(folder, self.cuts, int(self.config["vocab_size"]))
+            mend_tokenizer(folder, self.tokenizer, int(self.config["vocab_size"]))
             self._has_tokenizer = True
         return folder

@@ -19,6 +19,7 @@ from qlora_rs.checkpoint.gguf_beside import Beside
 from qlora_rs.checkpoint.gguf_config import FAMILIES, model_config
 from qlora_rs.checkpoint.gguf_header import check_header
 from qlora_rs.checkpoint.gguf_names import ROPE_FACTORS, from_interleaved, require_gguf, rotated_heads, tensor_names
+from qlora_rs.checkpoint.gguf_sentencepiece import TokenizerFields
 from qlora_rs.checkpoint.source import GGUF_SUFFIX, Source, StoredTensor
 from qlora_rs.errors import FormatError, UnsupportedError, first_line
 
@@ -73,13 +74,13 @@ def open_gguf(path: Path) -> Source:
     """
     require_gguf("reading GGUF files")
     status = os.stat(path)
-    source, cuts = _opened(path, (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns))
-    return replace(source, beside=Beside(path, source.config, cuts))  # what is made beside it goes with each
+    source, tokenizer = _opened(path, (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns))
+    return replace(source, beside=Beside(path, source.config, tokenizer))  # what is made beside it goes with each
 
 
 @lru_cache(maxsize=1)
-def _opened(path: Path, identity: tuple[int, ...]) -> tuple[Source, str]:
-    """The file, and the name of its way to cut text.
+def _opened(path: Path, identity: tuple[int, ...]) -> tuple[Source, TokenizerFields]:
+    """The file, and what it says of its tokenizer.
 
     ``identity`` tells a file from another that takes its name later. A header of many tokens takes seconds to read,
     and a command asks for it several times.
@@ -119,8 +120,8 @@ def _opened(path: Path, identity: tuple[int, ...]) -> tuple[Source, str]:
     marked = {**config, "quantization_config": {"quant_method": METHOD}}
     original = Source(path.parent, marked, (path.name,), {}, {path.name: {}})
     tensors = {name: weight.as_float() for name, weight in weights.items()}
-    cuts = str(fields.get("tokenizer.ggml.pre", "")) if fields.get("tokenizer.ggml.model") == "gpt2" else ""
-    return replace(original, config=config, tensors=tensors, foreign=weights, original=original), cuts
+    seen = replace(original, config=config, tensors=tensors, foreign=weights, original=original)
+    return seen, TokenizerFields.of(fields)
 
 
 def round_kept(source: Source, packed: Collection[str]) -> tuple[Source, int]:

@@ -7,6 +7,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from qlora_rs.checkpoint.gguf_sentencepiece import (
+    TokenizerFields,
+    is_sentencepiece,
+    mend_sentencepiece,
+    sentencepiece_fields,
+)
 from qlora_rs.checkpoint.source import read_json
 from qlora_rs.errors import FormatError, UnsupportedError
 
@@ -54,6 +60,8 @@ def add_tokenizer(writer: Any, special: Any, folder: Path, vocabulary: int, note
         vocabulary: rows of the embedding; ids without a token are written as unused.
         notes: gets what the user should know.
 
+    Byte-level BPE is told by its merges, SentencePiece's by the scores of its tokens.
+
     Raises:
         FormatError: ``tokenizer.json`` is missing or damaged, or has more tokens than the embedding has rows.
         UnsupportedError: a kind of tokenizer that GGUF files have no name for here.
@@ -67,24 +75,32 @@ def add_tokenizer(writer: Any, special: Any, folder: Path, vocabulary: int, note
     model = content.get("model") if isinstance(content, dict) else None
     if not isinstance(model, dict) or not isinstance(model.get("vocab"), dict):
         got = model.get("type") if isinstance(model, dict) else None
-        raise UnsupportedError(f"{path}: is a {got!r} tokenizer; byte-level BPE is what is written")
-    pre = _pre_tokenizer(path, content, model)
+        raise UnsupportedError(f"{path}: is a {got!r} tokenizer; byte-level and SentencePiece's BPE are written")
+    pieces = is_sentencepiece(model)
+    pre = "default" if pieces else _pre_tokenizer(path, content, model)
     tokens, types = _tokens(path, content, model, vocabulary)
-    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_model("llama" if pieces else "gpt2")
     writer.add_tokenizer_pre(pre)
     writer.add_token_list(tokens)
+    if pieces:
+        scores, prefix = sentencepiece_fields(path, content, tokens, types, notes)
+        writer.add_token_scores(scores)
+        writer.add_add_space_prefix(prefix)
+        special.merges = []
     writer.add_token_types(types)
     if "bos" not in special.add_special_token:
         special.add_special_token["bos"] = False  # readers differ in what they take for granted
     special.add_to_gguf(writer, quiet=True)
-    if not special.merges:
+    if not special.merges and not pieces:
         notes.append("the tokenizer merges nothing: llama.cpp wants merges in a file that it loads")
 
 
 def _pre_tokenizer(path: Path, content: Mapping[str, Any], model: Mapping[str, Any]) -> str:
     """The name under which readers of GGUF know how this tokenizer cuts text before merging."""
-    if model.get("type", "BPE") != "BPE" or model.get("byte_fallback"):
-        raise UnsupportedError(f"{path}: is no byte-level BPE tokenizer, which is the kind that is written")
+    if model.get("type", "BPE") != "BPE":
+        raise UnsupportedError(
+            f"{path}: is a {model['type']!r} tokenizer; byte-level and SentencePiece's BPE are written"
+        )
     if content.get("normalizer") is not None:
         kind = content["normalizer"].get("type")
         raise UnsupportedError(f"{path}: normalizes text ({kind}), which a GGUF file cannot tell its reader")
@@ -100,25 +116,26 @@ def _pre_tokenizer(path: Path, content: Mapping[str, Any], model: Mapping[str, A
     )
 
 
-def mend_tokenizer(folder: Path, cuts: str, vocabulary: int) -> None:
+def mend_tokenizer(folder: Path, fields: TokenizerFields, vocabulary: int) -> None:
     """Put right what transformers makes of a GGUF file's tokenizer, saved in ``folder``.
 
     It knows fewer ways to cut text than files have names for, and takes GPT-2's for the others. It also adds GPT-2's
-    ``<|endoftext|>`` where a file has none: a token that the embedding has no row for.
+    ``<|endoftext|>`` where a file has none: a token that the embedding has no row for. Of SentencePiece's see
+    `mend_sentencepiece`.
 
     Args:
         folder: with ``tokenizer.json`` and ``tokenizer_config.json``.
-        cuts: what the file calls the way in which it cuts.
+        fields: what the file says of it.
         vocabulary: rows of the embedding.
     """
     file, settings = folder / TOKENIZER, folder / "tokenizer_config.json"
     if not file.is_file():
         return  # of a kind that is kept in other files
     content = read_json(file)
-    steps = CUTS.get(cuts)
+    steps = CUTS.get(fields.cuts)
     if steps is not None:
         steps = [{**step, "trim_offsets": True} if step["type"] == "ByteLevel" else step for step in steps]
-        content["model"]["ignore_merges"] = cuts in MERGES_IGNORED
+        content["model"]["ignore_merges"] = fields.cuts in MERGES_IGNORED
         content["pre_tokenizer"] = steps[0] if len(steps) == 1 else {"type": "Sequence", "pretokenizers": steps}
     added = content.get("added_tokens") or []
     beyond = {token["content"] for token in added if token["id"] >= vocabulary}
@@ -126,6 +143,8 @@ def mend_tokenizer(folder: Path, cuts: str, vocabulary: int) -> None:
     named = {
         key: value for key, value in read_json(settings).items() if not (isinstance(value, str) and value in beyond)
     }
+    if fields.kind == "llama":
+        mend_sentencepiece(content, named, fields)
     for path, value in ((file, content), (settings, named)):
         path.write_text(json.dumps(value, ensure_ascii=False, indent=2), encoding="utf-8")
 

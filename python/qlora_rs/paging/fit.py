@@ -11,7 +11,7 @@ from torch import nn
 
 from qlora_rs.paging.activations import saved_activations
 from qlora_rs.paging.plan import Plan, Request, check_optimizer, plan
-from qlora_rs.paging.weights import PagedWeights, Progress, block_bytes, packed_blocks, page_weights
+from qlora_rs.paging.weights import Load, PagedWeights, Progress, block_bytes, packed_blocks, page_weights
 from qlora_rs.pool import PagedPool
 from qlora_rs.report import parse_bytes
 
@@ -66,6 +66,7 @@ def fit(
     checkpointing: bool | None = None,
     whole_logits: bool = False,
     page_size: int | str | None = None,
+    load: Load | None = None,
     progress: Progress | None = None,
 ) -> Fitted:
     """Put a model on a device such that training it takes no more than a budget there.
@@ -92,6 +93,7 @@ def fit(
         whole_logits: the loss holds all logits at once, as transformers' own does, not in chunks as
             `qlora_rs.chunked_loss.causal_lm_loss`.
         page_size: see `PagedPool`; by default an eighth of a block, 16 MiB at most.
+        load: gives values to the packed layers of a model on the meta device, see `page_weights`.
         progress: called with (bytes done, bytes in all) of the packed weights.
 
     Raises:
@@ -117,12 +119,17 @@ def fit(
     request = Request(parse_bytes(budget), where, tokens, optimizer, page_activations, checkpointing, whole_logits)
     planned = plan(model, request)
     if planned.frames is None:
+        if load is not None:
+            for layers in packed_blocks(model).values():
+                load(layers)
+                for layer in layers.values():
+                    layer.to(where)
         model.to(where)
         return Fitted(where, planned, None, None)
     largest = max(block_bytes(layers) for layers in packed_blocks(model).values())
     size = _page_size(largest, where) if page_size is None else parse_bytes(page_size)
     pool = PagedPool(planned.frames, where, page_size=size)
-    weights = page_weights(model, pool, progress=progress)
+    weights = page_weights(model, pool, load=load, progress=progress)
     model.to(where)
     return Fitted(where, planned, pool, weights)
 

@@ -13,6 +13,7 @@ from qlora_rs.paged_product import PagedBlock
 from qlora_rs.pool import PagedPool
 
 Progress = Callable[[int, int], object]
+Load = Callable[[Mapping[str, Linear4bit]], object]
 
 
 class PagedWeights:
@@ -80,7 +81,9 @@ class PagedWeights:
         return f"PagedWeights({len(self.blocks)} blocks, {self.nbytes} bytes, {self.pool!r})"
 
 
-def page_weights(model: nn.Module, pool: PagedPool, *, progress: Progress | None = None) -> PagedWeights:
+def page_weights(
+    model: nn.Module, pool: PagedPool, *, load: Load | None = None, progress: Progress | None = None
+) -> PagedWeights:
     """Move the packed weights of a model into a pool, which brings each block to its device while it is used.
 
     A block is what a model repeats (``model.layers.7``, an expert): the nearest member of a ``ModuleList`` that a
@@ -92,6 +95,8 @@ def page_weights(model: nn.Module, pool: PagedPool, *, progress: Progress | None
     Args:
         model: any module with packed layers; adapters, PEFT's too, may be on them.
         pool: where they go; the largest block must fit into its budget, two blocks should.
+        load: called with the layers of a block, by name, before it goes; may give values to those of a model on the
+            meta device, so that no more than one block is ever outside of the pool.
         progress: called with (bytes done, bytes in all).
 
     Raises:
@@ -117,6 +122,8 @@ def page_weights(model: nn.Module, pool: PagedPool, *, progress: Progress | None
     weights, done = PagedWeights(pool), 0
     for name, layers in blocks.items():
         size = block_bytes(layers)
+        if load is not None:
+            load(layers)
         weights.add(name, layers)
         done += size
         if progress is not None:

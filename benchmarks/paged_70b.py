@@ -115,13 +115,24 @@ def draw_weights(device: torch.device) -> Any:
     return load
 
 
-def optimizer_of(name: str, parameters: list[nn.Parameter], fitted: Fitted | None) -> tuple[Any, str]:
-    """The optimizer, and what it is."""
+def optimizer_of(name: str, parameters: list[nn.Parameter], fitted: Fitted | None) -> Any:
     if name == "paged_adamw8bit" and fitted is not None and fitted.pool is not None:
-        return qlora_rs.optim.PagedAdamW8bit(parameters, lr=1e-4, pool=fitted.pool), "PagedAdamW8bit"
+        return qlora_rs.optim.PagedAdamW8bit(parameters, lr=1e-4, pool=fitted.pool)
     if name == "torch":
-        return torch.optim.AdamW(parameters, lr=1e-4, fused=True), "torch.optim.AdamW"
-    return qlora_rs.optim.AdamW8bit(parameters, lr=1e-4), "AdamW8bit"
+        return torch.optim.AdamW(parameters, lr=1e-4, fused=True)
+    return qlora_rs.optim.AdamW8bit(parameters, lr=1e-4)
+
+
+def known_optimizer(name: str, device: torch.device) -> str:
+    """The one that is asked for, or torch's where it has no update on this device."""
+    probe = nn.Parameter(torch.ones(4096, device=device))
+    probe.grad = torch.ones_like(probe)
+    try:
+        optimizer_of(name, [probe], None).step()
+    except UnsupportedError as error:
+        print(f"torch.optim.AdamW in place of {name}: {error}")
+        return "torch"
+    return name
 
 
 class Run:
@@ -131,7 +142,8 @@ class Run:
         self.model, self.fitted, self.device = model, fitted, device
         self.parameters = qlora_rs.lora_parameters(model)
         self.options = options
-        self.optimizer, self.optimizer_name = optimizer_of(options.optimizer, self.parameters, fitted)
+        self.optimizer = optimizer_of(options.optimizer, self.parameters, fitted)
+        self.optimizer_name = type(self.optimizer).__name__
         self.losses: list[torch.Tensor] = []
         self.seconds: list[float] = []
         self.moved: list[tuple[int, int, float]] = []
@@ -247,6 +259,7 @@ def compare(options: argparse.Namespace) -> None:
     device = torch.device("cuda", 0) if cuda else torch.device("cpu")
     shape = SHAPE if cuda else TINY
     print(f"{options.layers} layers, {options.batch} x {options.length} tokens, budget {options.budget}")
+    options.optimizer = known_optimizer(options.optimizer, device)
     start = time.perf_counter()
     model = build(options.layers, shape, options.length, device)
     initial = [parameter.detach().cpu().clone() for parameter in qlora_rs.lora_parameters(model)]
@@ -377,10 +390,7 @@ def main() -> None:
     options.budget = options.budget or ("2.4MB" if options.tiny else "24GiB")
     if not options.tiny and not torch.cuda.is_available():
         sys.exit("needs a CUDA device; --tiny runs on the CPU")
-    try:
-        compare(options)
-    except UnsupportedError as error:
-        sys.exit(f"{error}; --optimizer torch works without qlora_rs.optim on the device")
+    compare(options)
 
 
 if __name__ == "__main__":

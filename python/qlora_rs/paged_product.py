@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
 from qlora_rs import _bridge, direct, ops
-from qlora_rs.errors import UnsupportedError
 from qlora_rs.flat_product import FlatProduct
 from qlora_rs.pool import PagedBuffer, PagedPool
 from qlora_rs.spec import QuantSpec
@@ -66,10 +65,9 @@ class PagedBlock:
             self.pieces.append((codes, absmax, scale, offset))
         # Not frozen, so that loading a state dict may replace what it holds.
         self.buffer: PagedBuffer = pool.zeros(max(1, end), torch.uint8, name=name)
-        content = torch.zeros(max(1, end), dtype=torch.uint8)
-        for parts, places in zip(weights, self.pieces, strict=True):
-            _write(content, parts, places)
-        self.buffer.copy_(content)
+        with self.buffer.filling() as content:
+            for parts, places in zip(weights, self.pieces, strict=True):
+                _write(content, parts, places)
 
     def host_parts(self, number: int) -> direct.Parts:
         """A weight's codes and scales in the pool's host memory, each as a tensor with a storage of its own.
@@ -133,11 +131,15 @@ class PagedProduct:
         parts: codes and scales in host memory, what a layer shows as its parameters.
     """
 
+    _outside_graphs: ClassVar[Any] = None
+
     __slots__ = ("_at", "_block", "_device", "_flat", "_number", "columns", "parts", "spec")
 
     def __init__(
         self, block: PagedBlock, number: int, columns: int, spec: QuantSpec, flat: FlatProduct | None = None
     ) -> None:
+        if PagedProduct._outside_graphs is None:  # loads the compiler, which importing this module should not
+            PagedProduct._outside_graphs = staticmethod(torch.compiler.disable(PagedProduct._eager))
         self._block = block
         self._number = number
         self._flat = flat
@@ -176,9 +178,15 @@ class PagedProduct:
 
         Raises:
             ValueError: x is on another device than the pool.
-            UnsupportedError: a CUDA graph is being captured: the weight's address would change under it.
-            PageError: no room beside other acquired buffers.
+            PageError: no room beside other acquired buffers, or a CUDA graph is being captured and nobody holds the
+                block, whose address would change under it.
         """
+        if torch.compiler.is_compiling():  # what is acquired while a graph is traced would not be when it runs
+            product: Tensor = self._outside_graphs(self, x, bias)
+            return product
+        return self._eager(x, bias)
+
+    def _eager(self, x: Tensor, bias: Tensor | None) -> Tensor:
         kind = self._device.type
         if x.device != self._device:
             raise ValueError(
@@ -235,11 +243,6 @@ class PagedProduct:
         return self.columns, self.spec.quant_type, self.spec.block_size, codebook
 
     def _acquire(self) -> _Resident:
-        if self._device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-            raise UnsupportedError(
-                f"buffer {self.buffer.name!r} is paged: a CUDA graph captured here would use an address that its "
-                "weight leaves; capture with resident weights (a larger budget), or run without graphs"
-            )
         memory = self.buffer.acquire()
         try:
             address = _bridge.span(memory)[0]

@@ -128,7 +128,7 @@ class _Saved:
     def __init__(self, shelf: _Shelf, number: int, tensor: Tensor) -> None:
         self._shelf, self._number = shelf, number
         self._shape, self._dtype = tensor.shape, tensor.dtype
-        with shelf.buffer(number).acquired("write") as memory:
+        with shelf.buffer(number).acquired("overwrite") as memory:
             memory.view(tensor.dtype).view(tensor.shape).copy_(tensor.detach())
 
     def load(self) -> Tensor:

@@ -32,7 +32,7 @@ PAGED = "paged_"  # before an optimizer's name: its state is in the pool
 # and outputs of its Linear layers. Llama layers with LoRA on all of them keep 1.11 to 1.14 (bfloat16; the norms'
 # float32 is in it); gradients and dequantized weights come on top.
 _KEPT = 1.25
-_ALIVE = 2.0
+_ALIVE = 2.2
 _LOGIT_BYTES = 16  # of a logit in the backward pass: 16 bits, float32, its softmax, the gradients of all three
 _CUDA_CONTEXT = 768 << 20  # the context, its kernels, and cuBLAS's workspaces
 

@@ -88,6 +88,17 @@ def train(
     ] = 100,
     dtype: Annotated[str, typer.Option("--dtype", help="Arithmetic: auto, float32 or bfloat16.")] = "auto",
     device: Device = "auto",
+    optimizer: Annotated[
+        str, typer.Option("--optimizer", help="adamw, adamw8bit, paged_adamw or paged_adamw8bit.")
+    ] = "adamw",
+    memory_budget: Annotated[
+        str | None,
+        typer.Option(
+            "--memory-budget",
+            metavar="BYTES",
+            help="Device memory for everything, e.g. 24GiB; what does not fit waits on the host.",
+        ),
+    ] = None,
     gradient_checkpointing: Annotated[
         bool, typer.Option("--gradient-checkpointing", help="Less memory, a third more time.")
     ] = False,
@@ -140,6 +151,8 @@ def train(
         save_every=save_every,
         dtype=dtype,
         device=device,
+        optimizer=optimizer,
+        memory_budget=memory_budget,
         gradient_checkpointing=gradient_checkpointing,
         resume=resume,
         overwrite=overwrite,

@@ -46,7 +46,9 @@ def _bar() -> Iterator[Callable[[StepEntry, int], None]]:
         task = bar.add_task("", total=None, visible=False)
 
         def show(entry: StepEntry, total: int) -> None:
-            text = f"loss {entry.loss:.3f}  {speed.after(entry):,.0f} tokens/s  {format_bytes(_memory())}"
+            text = (
+                f"loss {entry.loss:.3f}  {speed.after(entry):,.0f} tokens/s  {format_bytes(_memory())}{_stall(entry)}"
+            )
             bar.update(task, completed=entry.step, total=total, description=text, visible=True)
 
         yield show
@@ -64,10 +66,15 @@ def _lines() -> Callable[[StepEntry, int], None]:
             last = time.monotonic()
             output.message(
                 f"step {entry.step:{len(str(total))}}/{total}  loss {entry.loss:.4f}  lr {entry.learning_rate:.2e}  "
-                f"{tokens_per_second:,.0f} tokens/s  memory {format_bytes(_memory())}"
+                f"{tokens_per_second:,.0f} tokens/s  memory {format_bytes(_memory())}{_stall(entry)}"
             )
 
     return show
+
+
+def _stall(entry: StepEntry) -> str:
+    """What a step waited for paged memory, where that shows."""
+    return f"  stalled {entry.stall_seconds:.2f} s" if entry.stall_seconds >= 0.005 else ""
 
 
 class _Speed:

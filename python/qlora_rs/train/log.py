@@ -27,6 +27,7 @@ class StepEntry:
         tokens: that went through the model, without padding.
         counted_tokens: those that the loss counts.
         seconds: that the step took.
+        stall_seconds: of them, how long computing waited for paged memory (on a device as far as it is known by then).
     """
 
     step: int
@@ -36,6 +37,7 @@ class StepEntry:
     tokens: int
     counted_tokens: int
     seconds: float
+    stall_seconds: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,7 @@ from qlora_rs.checkpoint.folder import naming
 from qlora_rs.errors import QloraError
 from qlora_rs.eval.mode import device_of, own_random_state
 from qlora_rs.lora import lora_parameters
+from qlora_rs.paging import Fitted
 from qlora_rs.train.batches import SampleStream, batches, derived_seed
 from qlora_rs.train.curve import CURVE_FILE, draw_curve
 from qlora_rs.train.encoding import Sample
@@ -22,6 +24,7 @@ from qlora_rs.train.evaluation import mean_loss
 from qlora_rs.train.interruption import Interruption
 from qlora_rs.train.log import LOG_FILE, EvalEntry, Log, StepEntry, read_log
 from qlora_rs.train.loss import loss_sum
+from qlora_rs.train.optimizer import make_optimizer
 from qlora_rs.train.options import Plan, TrainOptions
 from qlora_rs.train.schedule import learning_rate
 from qlora_rs.train.state import STATE_FILE, TrainingState, capture, restore, save_state
@@ -63,6 +66,7 @@ class Trainer:
         settings: what a resumed run must have in common with this one.
         state: of the run to go on with.
         callbacks: who hears of it.
+        fitted: how the model is held to a memory budget.
 
     Raises:
         FormatError: the state does not fit the model.
@@ -80,6 +84,7 @@ class Trainer:
         settings: dict[str, Any],
         state: TrainingState | None,
         callbacks: Callbacks,
+        fitted: Fitted | None = None,
     ) -> None:
         self._model = model
         self._held_out = held_out
@@ -88,10 +93,9 @@ class Trainer:
         self._settings = settings
         self._callbacks = callbacks
         self._parameters = lora_parameters(model)
-        # One pass over all tensors: a loop in Python over hundreds of small ones would take as long as a layer.
-        self._optimizer = torch.optim.AdamW(
-            self._parameters, lr=options.lr, weight_decay=options.weight_decay, fused=True
-        )
+        self._fitted = fitted
+        pool = None if fitted is None else fitted.pool
+        self._optimizer = make_optimizer(options.optimizer, self._parameters, options.lr, options.weight_decay, pool)
         per_step = options.batch_size * options.grad_accum
         epochs = None if options.steps is not None else options.epochs or 1
         self._stream = SampleStream(training, options.seed, per_step, epochs)
@@ -129,7 +133,7 @@ class Trainer:
                 ) from None
 
     def _advance(self, log: Log) -> None:
-        started = time.monotonic()
+        started, stalled = time.monotonic(), self._stalled()
         options, step = self._options, self._step + 1
         rate = learning_rate(step, self._plan.steps, self._plan.warmup, options.lr)
         torch.manual_seed(derived_seed(options.seed, "dropout", step))
@@ -139,7 +143,8 @@ class Trainer:
         self._model.train()
         self._optimizer.zero_grad(set_to_none=True)
         for batch in batches(samples, options.batch_size, self._pad_id):
-            part = loss_sum(self._model, batch) / counted
+            with nullcontext() if self._fitted is None else self._fitted.step():
+                part = loss_sum(self._model, batch) / counted
             loss += part.item()
             if not math.isfinite(loss):
                 raise self._diverged(f"step {step}", f"the loss is {loss}")
@@ -153,10 +158,14 @@ class Trainer:
             self._optimizer.step()
             self._step = step
             tokens = sum(sample.length for sample in samples)
-            entry = StepEntry(step, loss, rate, norm, tokens, counted, time.monotonic() - started)
+            stalled = self._stalled() - stalled
+            entry = StepEntry(step, loss, rate, norm, tokens, counted, time.monotonic() - started, stalled)
             log.append(entry)
             if self._callbacks.on_step is not None:
                 self._callbacks.on_step(entry, self._plan.steps)
+
+    def _stalled(self) -> float:
+        return 0.0 if self._fitted is None else self._fitted.stall_seconds
 
     def _evaluate_if_due(self, log: Log) -> None:
         every = self._options.eval_every

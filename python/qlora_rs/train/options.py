@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qlora_rs.lora import ALL_LINEAR
+from qlora_rs.report import parse_bytes
+from qlora_rs.train.optimizer import OPTIMIZERS
 
 DTYPES = ("auto", "float32", "bfloat16")
 DEFAULT_MAX_LENGTH = 1024
@@ -37,6 +39,9 @@ class TrainOptions:
         save_every: save adapter and state every so many steps; 0 for at the end only.
         dtype: of the arithmetic: ``"auto"``, ``"float32"`` or ``"bfloat16"``.
         device: where to compute: ``"cpu"``, ``"cuda"``, ``"cuda:1"``, or ``"auto"``: a CUDA device if there is one.
+        optimizer: ``"adamw"`` (torch's, float32 state), ``"adamw8bit"``, ``"paged_adamw"``, ``"paged_adamw8bit"``.
+        memory_budget: bytes of device memory for everything, e.g. ``"24GiB"``: what does not fit is paged, see
+            `qlora_rs.paging.fit`. The numbers do not depend on it.
         gradient_checkpointing: compute activations twice rather than keep them.
         resume: go on with the run in ``output``.
         overwrite: replace the files of another run in ``output``.
@@ -68,6 +73,8 @@ class TrainOptions:
     save_every: int = 100
     dtype: str = "auto"
     device: str = "auto"
+    optimizer: str = "adamw"
+    memory_budget: str | None = None
     gradient_checkpointing: bool = False
     resume: bool = False
     overwrite: bool = False
@@ -102,6 +109,13 @@ class TrainOptions:
             raise ValueError("--eval-every needs held-out samples: give --eval-fraction too")
         if self.dtype not in DTYPES:
             raise ValueError(f"--dtype is one of {', '.join(DTYPES)}; got {self.dtype!r}")
+        if self.optimizer not in OPTIMIZERS:
+            raise ValueError(f"--optimizer is one of {', '.join(OPTIMIZERS)}; got {self.optimizer!r}")
+        if self.memory_budget is not None:
+            try:
+                parse_bytes(self.memory_budget)
+            except ValueError as error:
+                raise ValueError(f"--memory-budget: {error}") from None
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from qlora_rs.checkpoint.source import find_quantization_config, read_config, re
 from qlora_rs.errors import FormatError, UnsupportedError, require_extra
 from qlora_rs.lora import AttachReport, attach_lora
 from qlora_rs.model import from_pretrained, resolve_device, resolve_dtype
+from qlora_rs.paging import Fitted, fit
 from qlora_rs.pictures.canvas import require_matplotlib
 from qlora_rs.train.curve import EXTRA, PURPOSE
 from qlora_rs.train.dataset import Dataset, make_dataset
@@ -95,6 +96,7 @@ def _train(
 ) -> AttachReport:
     model, attached = _load(options, device, dataset)
     callbacks.message(f"{attached}; arithmetic in {str(model.dtype).removeprefix('torch.')} on {device}")
+    fitted = _fit(model, options, device, dataset, callbacks)
     trainer = Trainer(
         model,
         dataset.training,
@@ -105,6 +107,7 @@ def _train(
         settings=settings,
         state=state,
         callbacks=callbacks,
+        fitted=fitted,
     )
     if state is not None:
         callbacks.message(f"going on after step {state.step} of {plan.steps}")
@@ -147,7 +150,7 @@ def _settings(
     """Everything that the numbers of a run depend on; under a sentence's subject where no option sets it."""
     names = (
         "r lora_alpha lora_dropout target_modules use_rslora lr batch_size grad_accum max_grad_norm weight_decay seed "
-        "eval_fraction dtype"
+        "eval_fraction dtype optimizer"
     )
     settings: dict[str, Any] = {option(name): getattr(options, name) for name in names.split()}
     settings |= {option(name): getattr(plan, name) for name in ("steps", "warmup", "max_length")}
@@ -160,7 +163,9 @@ def _settings(
 
 def _check_resumable(state: TrainingState, settings: dict[str, Any], options: TrainOptions) -> None:
     path = options.output / STATE_FILE
-    check_same_run({"--device": "cpu", **state.settings}, settings, path)  # what older states do not say
+    check_same_run(
+        {"--device": "cpu", "--optimizer": "adamw", **state.settings}, settings, path
+    )  # what older states do not say
     steps = settings["--steps"]
     if state.step >= steps:
         raise UnsupportedError(
@@ -173,7 +178,9 @@ def _load(options: TrainOptions, device: torch.device, dataset: Dataset) -> tupl
     dtype = resolve_dtype(options.dtype, device)
     if dtype == torch.float16:  # a device without bfloat16: gradients of float16 would vanish
         dtype = torch.float32
-    model = from_pretrained(options.model, dtype=dtype, device=device)
+    # Under a budget the device may have no room for all weights: they go there from the host, as far as they fit.
+    place = device if options.memory_budget is None else torch.device("cpu")
+    model = from_pretrained(options.model, dtype=dtype, device=place)
     embedding = model.get_input_embeddings()
     highest = max(int(sample.ids.max()) for sample in (*dataset.training, *dataset.held_out))
     if highest >= embedding.num_embeddings:
@@ -194,6 +201,27 @@ def _load(options: TrainOptions, device: torch.device, dataset: Dataset) -> tupl
     if options.gradient_checkpointing:
         _checkpoint_activations(model)
     return model, attached
+
+
+def _fit(
+    model: Any, options: TrainOptions, device: torch.device, dataset: Dataset, callbacks: Callbacks
+) -> Fitted | None:
+    if options.memory_budget is None:
+        return None
+    longest = max(sample.length for sample in (*dataset.training, *dataset.held_out))
+    fitted = fit(
+        model,
+        options.memory_budget,
+        device,
+        tokens=options.batch_size * longest,
+        optimizer=options.optimizer,
+        checkpointing=options.gradient_checkpointing,
+    )
+    for line in str(fitted).splitlines():
+        callbacks.message(line)
+    if device.type == "cpu":
+        callbacks.message("on the CPU a memory budget saves nothing: what is paged moves within the same memory")
+    return fitted
 
 
 def _checkpoint_activations(model: Any) -> None:

@@ -23,6 +23,7 @@ from qlora_rs.checkpoint.gguf_source import is_gguf_file
 from qlora_rs.checkpoint.source import CONFIG
 from qlora_rs.errors import FormatError, UnsupportedError
 from qlora_rs.lora import lora_modules
+from qlora_rs.train.optimizer import state_shapes
 
 STATE_FILE = "training_state.safetensors"
 _FORMAT = 1
@@ -124,14 +125,14 @@ def restore(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: Mapping
     Raises:
         FormatError: they are of other layers or shapes, or some are missing.
     """
-    parameters: dict[str, Tensor] = {}
+    parameters: dict[str, nn.Parameter] = {}
     for name, layer in lora_modules(model).items():
         parameters |= {f"lora.{name}.A": layer.lora_A, f"lora.{name}.B": layer.lora_B}
     expected = {name: parameter.shape for name, parameter in parameters.items()}
     if any(name.startswith("optimizer.") for name in tensors):  # there is none before the first step
         for index, parameter in enumerate(parameters.values()):
-            expected |= {f"optimizer.{index}.{key}": parameter.shape for key in ("exp_avg", "exp_avg_sq")}
-            expected[f"optimizer.{index}.step"] = torch.Size()
+            shapes = state_shapes(optimizer, parameter)
+            expected |= {f"optimizer.{index}.{key}": shape for key, shape in shapes.items()}
     found = {name: tensor.shape for name, tensor in tensors.items()}
     wrong = sorted(name for name in {**expected, **found} if expected.get(name) != found.get(name))
     if wrong:

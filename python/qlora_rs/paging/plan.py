@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+import re
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -15,6 +16,7 @@ from qlora_rs.paging.weights import block_bytes, packed_blocks
 from qlora_rs.report import format_bytes
 
 Place = Literal["device", "pool", "step"]
+Blocks = Mapping[str, Mapping[str, Linear4bit]]
 
 # Bytes of state for a trained element; 8-bit state has a float32 scale for 256 elements.
 OPTIMIZER_BYTES: Mapping[str, float] = {
@@ -168,37 +170,62 @@ def _resident(model: nn.Module, request: Request) -> Iterator[Part]:
     yield Part("CUDA context", "device", _CUDA_CONTEXT if request.device.type == "cuda" else 0)
 
 
-def _kept(model: nn.Module, blocks: Mapping[str, Any], request: Request) -> tuple[int, int]:
+def _kept(model: nn.Module, blocks: Blocks, request: Request) -> tuple[int, int]:
     """Bytes that the forward pass leaves to the backward pass, and of the largest single tensor of them."""
-    size = _element_size(model)
-    inputs = [next(iter(layers.values())).in_features * size * request.tokens for layers in blocks.values()]
-    largest = max(inputs, default=0)
+    size, layers = _element_size(model), _layers(blocks)
     if request.checkpointing:
-        return sum(inputs), largest
-    widths = sum(_widths(model, name, layers) for name, layers in blocks.items())
-    largest = max((layer.out_features for layers in blocks.values() for layer in layers.values()), default=0)
+        inputs = [next(iter(packed.values())).in_features * size * request.tokens for packed in layers.values()]
+        return sum(inputs), max(inputs, default=0)
+    widths = sum(_widths(model, name, packed) for name, packed in layers.items())
+    largest = max((layer.out_features for packed in layers.values() for layer in packed.values()), default=0)
     return round(_KEPT * widths * size * request.tokens), largest * size * request.tokens
 
 
-def _working_set(model: nn.Module, blocks: Mapping[str, Any], request: Request) -> int:
+def _working_set(model: nn.Module, blocks: Blocks, request: Request) -> int:
     """Bytes alive at the worst moment, beside what the forward pass has left."""
-    size = _element_size(model)
-    widths = max((_widths(model, name, layers) for name, layers in blocks.items()), default=0)
-    matrices = [layer.in_features * layer.out_features for layers in blocks.values() for layer in layers.values()]
+    size, layers = _element_size(model), _layers(blocks)
+    widths = max((_widths(model, name, packed) for name, packed in layers.items()), default=0)
+    matrices = [layer.in_features * layer.out_features for packed in layers.values() for layer in packed.values()]
     layer = round((_ALIVE - (0 if request.checkpointing else _KEPT)) * widths * size * request.tokens)
-    find_vocabulary: Any = getattr(getattr(model, "config", None), "vocab_size", 0)
-    vocabulary = find_vocabulary if isinstance(find_vocabulary, int) else 0
-    logits = vocabulary * request.tokens
+    config = getattr(model, "config", None)
+    logits = _number(config, "vocab_size", 0) * request.tokens
     if not request.whole_logits:
         logits = min(logits, CHUNK_BYTES // 4)
     return max(layer + max(matrices, default=0) * size, logits * _LOGIT_BYTES)
 
 
-def _widths(model: nn.Module, name: str, layers: Mapping[str, Linear4bit]) -> int:
-    """Inputs and outputs of all Linear layers of a block, in elements a token."""
-    linears: Iterable[nn.Module] = model.get_submodule(name).modules()
-    found = {id(layer): layer for layer in (*linears, *layers.values()) if isinstance(layer, nn.Linear)}
-    return sum(layer.in_features + layer.out_features for layer in found.values())
+def _layers(blocks: Blocks) -> dict[str, dict[str, Linear4bit]]:
+    """Blocks that lie in a larger one, as experts in a decoder layer, together."""
+    layers: dict[str, dict[str, Linear4bit]] = {}
+    for name, packed in blocks.items():
+        parts = name.split(".")
+        first = next((place for place, part in enumerate(parts) if part.isdigit()), len(parts) - 1)
+        layers.setdefault(".".join(parts[: first + 1]), {}).update(packed)
+    return layers
+
+
+def _widths(model: nn.Module, name: str, packed: Mapping[str, Linear4bit]) -> int:
+    """Inputs and outputs of a layer's Linear modules, in elements a token; of experts those that a token meets."""
+    config = getattr(model, "config", None)
+    plain, of_experts = 0, {"": 0}
+    linears = {id(module): (path, module) for path, module in model.get_submodule(name).named_modules()}
+    linears |= {id(module): (path, module) for path, module in packed.items() if id(module) not in linears}
+    for path, module in linears.values():
+        if not isinstance(module, nn.Linear):
+            continue
+        width = module.in_features + module.out_features
+        expert = next((path[: match.end()] for match in re.finditer(r"(?<=\.)\d+(?=\.)", path)), None)
+        if expert is None:
+            plain += width
+        else:
+            of_experts[expert] = of_experts.get(expert, 0) + width
+    met = min(_number(config, "num_experts_per_tok", 2), max(1, len(of_experts) - 1))
+    return plain + met * max(of_experts.values())
+
+
+def _number(config: Any, name: str, default: int) -> int:
+    found = getattr(config, name, None)
+    return found if isinstance(found, int) else default
 
 
 def _element_size(model: nn.Module) -> int:

@@ -31,13 +31,13 @@ struct Current {
     int64_t first_block, elements;
     uint64_t values[MOST_STATES], absmax[MOST_STATES];
     uint32_t type, flags;
-    float factors[MOST_FACTORS];
+    float factors[MOST_FACTORS + 1];  // and the reciprocal of one of them
     float scale;
     bool aligned;
 };
 
 // A warp; every lane reads the same.
-template <int STATES>
+template <typename RULE>
 __device__ __forceinline__ void load_run(Current& now, const StepArguments& step, int index) {
     const Run& run = step.runs[index];
     const Tensor& tensor = step.tensors[run.tensor];
@@ -50,7 +50,7 @@ __device__ __forceinline__ void load_run(Current& now, const StepArguments& step
     if (threadIdx.x % 32 == 0) {
         uint64_t all = param | grad;
 #pragma unroll
-        for (int state = 0; state < STATES; state++) {
+        for (int state = 0; state < RULE::STATES; state++) {
             now.values[state] = base + run.values[state];
             now.absmax[state] = base + run.absmax[state];
             if (!(page_and_flags & STATELESS)) all |= now.values[state];
@@ -65,6 +65,7 @@ __device__ __forceinline__ void load_run(Current& now, const StepArguments& step
         const FactorSet& set = step.sets != nullptr ? step.sets[tensor.set] : step.own_sets[tensor.set];
 #pragma unroll
         for (int factor = 0; factor < MOST_FACTORS; factor++) now.factors[factor] = set.values[factor];
+        now.factors[MOST_FACTORS] = __frcp_rn(set.values[RULE::DIVISOR]);
         now.scale = __fmul_rn(set.scale, clip);
     }
     __syncwarp();
@@ -119,9 +120,16 @@ __device__ __forceinline__ void step_block(const Current& run, int64_t block, co
 #pragma unroll
         for (int state = 0; state < RULE::STATES; state++) own[state] = states[state][element];
         RULE::update(run.factors, param[element], __fmul_rn(grad[element], run.scale), own);
-        const bool inside = extent.whole || position(element) < extent.size;
 #pragma unroll
-        for (int state = 0; state < RULE::STATES; state++) states[state][element] = inside ? own[state] : 0.f;
+        for (int state = 0; state < RULE::STATES; state++) states[state][element] = own[state];
+    }
+    if (!extent.whole) {
+#pragma unroll
+        for (int element = 0; element < LANE_ELEMENTS; element++) {
+            if (position(element) < extent.size) continue;
+#pragma unroll
+            for (int state = 0; state < RULE::STATES; state++) states[state][element] = 0.f;
+        }
     }
     store_floats(param, param_at, run.type, extent);
 #pragma unroll
@@ -164,7 +172,7 @@ template <typename RULE> __device__ __forceinline__ void run_step(const StepArgu
         if (block >= run_end) {
             index = find_interval(step.run_blocks, index, step.run_count, block);
             run_end = step.run_blocks[index + 1];
-            load_run<RULE::STATES>(run, step, index);
+            load_run<RULE>(run, step, index);
         }
         step_block<RULE>(run, block, maps);
     }

@@ -13,12 +13,12 @@ constexpr uint32_t FIRST_CELL = 0x34000000u >> CELL_SHIFT;
 constexpr uint32_t CELLS = (0x3f800000u >> CELL_SHIFT) - FIRST_CELL + 1;
 constexpr int CELL_ROOM = 2960;
 
-// The dynamic maps, [unsigned, signed], and what finds the entry nearest to a magnitude: `below` is the number of
-// thresholds below the cell, and one at most lies in it. The signed map's are those of its upper half.
+// The dynamic maps, [unsigned, signed], and what finds the entry nearest to a value: `below` is the number of thresholds
+// below its cell, and one at most lies in that. Cells: of the unsigned map, of the signed one above zero, and below.
 struct StateMaps {
     float values[2][256];
     float thresholds[2][256];  // infinity beyond the last
-    uint8_t below[2][CELL_ROOM];
+    uint8_t below[3][CELL_ROOM];
 };
 static_assert(sizeof(StateMaps) % 4 == 0 && CELLS <= CELL_ROOM, "copied by words");
 
@@ -138,29 +138,29 @@ __device__ __forceinline__ void store_floats(const float (&values)[LANE_ELEMENTS
 // `map[code] * absmax`; a block of scale 0 is zeros, one whose scale is not finite NaN.
 __device__ __forceinline__ void decode_states(float (&values)[LANE_ELEMENTS], const uint32_t* codes, float absmax,
                                               const float* map) {
-    const bool ordinary = is_finite(absmax) && absmax != 0.f;
+    if (is_finite(absmax) && absmax != 0.f) {
 #pragma unroll
-    for (int element = 0; element < LANE_ELEMENTS; element++) {
-        const uint32_t code = codes[element / 4] >> element % 4 * 8 & 0xffu;
-        const float special = absmax == 0.f ? 0.f : canonical_nan<float>();
-        values[element] = ordinary ? __fmul_rn(map[code], absmax) : special;
+        for (int element = 0; element < LANE_ELEMENTS; element++)
+            values[element] = __fmul_rn(map[codes[element / 4] >> element % 4 * 8 & 0xffu], absmax);
+        return;
     }
+    const float special = absmax == 0.f ? 0.f : canonical_nan<float>();
+#pragma unroll
+    for (int element = 0; element < LANE_ELEMENTS; element++) values[element] = special;
 }
 
-// The code whose entry is nearest to x, a tie to the even one.
+// The code whose entry is nearest to x, of [-1, 1], a tie to the even one; of the unsigned map, below zero, 0.
 template <bool IS_SIGNED> __device__ __forceinline__ uint32_t nearest_code(float x, const StateMaps& maps) {
-    const float size = IS_SIGNED ? fabsf(x) : fmaxf(x, 0.f);
-    const uint32_t bits = __float_as_uint(size) >> CELL_SHIFT;
-    const uint32_t cell = bits <= FIRST_CELL ? 0 : min(bits - FIRST_CELL, CELLS - 1);
-    uint32_t rank = maps.below[IS_SIGNED][cell];
-    if (size > maps.thresholds[IS_SIGNED][rank]) rank++;
-    if (!IS_SIGNED) return rank;
-    return x < 0.f ? 127u - min(rank, 127u) : 127u + rank;
+    const float size = fmaxf(IS_SIGNED ? fabsf(x) : x, __uint_as_float(FIRST_CELL << CELL_SHIFT));
+    uint32_t cell = (__float_as_uint(size) >> CELL_SHIFT) - FIRST_CELL + (IS_SIGNED ? CELL_ROOM : 0);
+    if (IS_SIGNED) cell += (__float_as_uint(x) >> 31) * CELL_ROOM;
+    const uint32_t code = maps.below[0][cell];
+    return code + (x > maps.thresholds[IS_SIGNED][code] ? 1 : 0);
 }
 
-// Returns the scale; elements beyond the block's end are zero.
+// Returns the scale; elements beyond the block's end are zero. The values are not good for anything afterwards.
 template <bool IS_SIGNED>
-__device__ __forceinline__ float encode_states(const float (&values)[LANE_ELEMENTS], uint32_t (&codes)[2],
+__device__ __forceinline__ float encode_states(float (&values)[LANE_ELEMENTS], uint32_t (&codes)[2],
                                                const StateMaps& maps) {
     uint32_t top = 0;
 #pragma unroll
@@ -168,14 +168,20 @@ __device__ __forceinline__ float encode_states(const float (&values)[LANE_ELEMEN
 #pragma unroll
     for (int other = 16; other > 0; other >>= 1) top = max(top, __shfl_xor_sync(WHOLE_WARP, top, other));
     const float absmax = __uint_as_float(top);
-    const bool usable = is_finite(absmax) && absmax > 0.f;
-    const Normalizer normalize(usable ? absmax : 1.f);
+    if (!is_finite(absmax) || absmax == 0.f) {
+        codes[0] = codes[1] = IS_SIGNED ? 0x7f7f7f7fu : 0u;
+        return stored(absmax);
+    }
+    const Normalizer normalize(absmax);
+    if (normalize.lift != 1.f) {
+#pragma unroll
+        for (int element = 0; element < LANE_ELEMENTS; element++)
+            values[element] = __fmul_rn(values[element], normalize.lift);
+    }
     codes[0] = codes[1] = 0;
 #pragma unroll
-    for (int element = 0; element < LANE_ELEMENTS; element++) {
-        const uint32_t zero = IS_SIGNED ? 127u : 0u;
-        const uint32_t code = usable ? nearest_code<IS_SIGNED>(normalize(values[element]), maps) : zero;
-        codes[element / 4] |= code << element % 4 * 8;
-    }
-    return stored(absmax);
+    for (int element = 0; element < LANE_ELEMENTS; element++)
+        codes[element / 4] |= nearest_code<IS_SIGNED>(__fmul_rn(values[element], normalize.inverse), maps)
+                              << element % 4 * 8;
+    return absmax;
 }

@@ -10,18 +10,17 @@ use qlora_core::DynamicMap;
 const CELL_SHIFT: u32 = 16;
 /// The cell of 2^-23, which smaller magnitudes share.
 const FIRST_CELL: u32 = 0x3400_0000 >> CELL_SHIFT;
-const CELLS: usize = ((0x3f80_0000 >> CELL_SHIFT) - FIRST_CELL + 1) as usize;
 const CELL_ROOM: usize = 2960;
 
-/// `StateMaps` of `optimizer_block.cuh`, [unsigned, signed].
+/// `StateMaps` of `optimizer_block.cuh`, maps being [unsigned, signed].
 #[derive(Clone, Copy, Pod, Zeroable)]
 #[repr(C)]
 pub(crate) struct StateMaps {
     values: [[f32; 256]; 2],
-    /// Ascending; infinity beyond the last. Of the signed map those of its upper half: the lower mirrors it.
+    /// Ascending; infinity beyond the last.
     thresholds: [[f32; 256]; 2],
-    /// Thresholds below each cell.
-    below: [[u8; CELL_ROOM]; 2],
+    /// Thresholds below each cell of the unsigned map, and of the signed one above zero and below it.
+    below: [[u8; CELL_ROOM]; 3],
 }
 
 impl StateMaps {
@@ -31,42 +30,46 @@ impl StateMaps {
         MAPS.get_or_init(|| {
             let mut maps = Box::new(Self::zeroed());
             for (index, map) in [DynamicMap::Unsigned, DynamicMap::Signed].into_iter().enumerate() {
-                maps.fill(index, map);
+                let book = map.codebook();
+                maps.values[index].copy_from_slice(book.values());
+                maps.thresholds[index] = [f32::INFINITY; 256];
+                maps.thresholds[index][..book.thresholds().len()].copy_from_slice(book.thresholds());
+            }
+            let [unsigned, signed] = [0, 1].map(|index| maps.thresholds[index]);
+            let count = |thresholds: &[f32; 256], is_below: &dyn Fn(f32) -> bool| {
+                thresholds.partition_point(|&threshold| is_below(threshold)) as u8
+            };
+            for cell in 0..CELL_ROOM {
+                // The first cell goes down to zero.
+                let least = if cell == 0 { 0.0 } else { edge(cell) };
+                maps.below[0][cell] = count(&unsigned, &|threshold| threshold < least);
+                maps.below[1][cell] = count(&signed, &|threshold| threshold < least);
+                maps.below[2][cell] = count(&signed, &|threshold| threshold <= -edge(cell + 1));
             }
             maps
         })
     }
+}
 
-    fn fill(&mut self, index: usize, map: DynamicMap) {
-        let book = map.codebook();
-        self.values[index].copy_from_slice(book.values());
-        let upper = &book.thresholds()[usize::from(book.zero_code())..];
-        self.thresholds[index] = [f32::INFINITY; 256];
-        self.thresholds[index][..upper.len()].copy_from_slice(upper);
-        for (cell, below) in self.below[index].iter_mut().enumerate().skip(1) {
-            let least = f32::from_bits((FIRST_CELL + cell.min(CELLS - 1) as u32) << CELL_SHIFT);
-            *below = upper.partition_point(|&threshold| threshold < least) as u8;
-        }
-    }
+/// The least magnitude in a cell.
+fn edge(cell: usize) -> f32 {
+    f32::from_bits((FIRST_CELL + cell as u32) << CELL_SHIFT)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    /// `nearest_code` of `optimizer_block.cuh`.
+    /// Cells that values of [-1, 1] are in.
+    const CELLS: usize = ((0x3f80_0000 >> CELL_SHIFT) - FIRST_CELL + 1) as usize;
+
+    /// `nearest_code` of optimizer_block.cuh.
     fn nearest_code(x: f32, signed: bool) -> u8 {
         let maps = StateMaps::get();
-        let size = if signed { x.abs() } else { x.max(0.0) };
-        let bits = size.to_bits() >> CELL_SHIFT;
-        let cell = if bits <= FIRST_CELL { 0 } else { (bits - FIRST_CELL).min(CELLS as u32 - 1) };
-        let mut rank = maps.below[usize::from(signed)][cell as usize];
-        rank += u8::from(size > maps.thresholds[usize::from(signed)][usize::from(rank)]);
-        match (signed, x < 0.0) {
-            (false, _) => rank,
-            (true, true) => 127 - rank.min(127),
-            (true, false) => 127 + rank,
-        }
+        let size = if signed { x.abs() } else { x }.max(edge(0));
+        let cell = ((size.to_bits() >> CELL_SHIFT) - FIRST_CELL) as usize;
+        let code = maps.below[if signed { 1 + (x.to_bits() >> 31) as usize } else { 0 }][cell];
+        code + u8::from(x > maps.thresholds[usize::from(signed)][usize::from(code)])
     }
 
     #[test]
@@ -88,7 +91,37 @@ mod tests {
     #[test]
     fn no_two_thresholds_share_a_cell() {
         for below in &StateMaps::get().below {
-            assert!(below[..CELLS].windows(2).all(|pair| pair[1] - pair[0] <= 1));
+            assert!(below[..CELLS].windows(2).all(|pair| pair[1].abs_diff(pair[0]) <= 1));
         }
+    }
+
+    /// `divide` of optimizer_rules.cuh.
+    fn divide(x: f32, divisor: f32) -> f32 {
+        let reciprocal = 1.0 / divisor;
+        let round = |quotient: f32| (-divisor).mul_add(quotient, x).mul_add(reciprocal, quotient);
+        let quotient = round(round(x * reciprocal));
+        if x < f32::INFINITY { quotient } else { x }
+    }
+
+    #[test]
+    fn quotients_by_way_of_a_reciprocal_are_those_of_a_division() {
+        let mut divisors = vec![1.0, 1.0f32.next_down(), 0.5f32.next_up(), 1e-8, 0.999_999];
+        for beta in [0.5f64, 0.9, 0.95, 0.99, 0.999, 0.9999] {
+            divisors.extend([1, 2, 3, 7, 100, 12_345].map(|step| (1.0 - beta.powi(step)).sqrt() as f32));
+        }
+        let mut state = 1u32;
+        for divisor in divisors.into_iter().filter(|&divisor| divisor > 0.0) {
+            for x in [0.0, f32::INFINITY, 2f32.powi(-75), f32::MAX.sqrt()] {
+                assert_eq!(divide(x, divisor).to_bits(), (x / divisor).to_bits(), "{x:e} / {divisor:e}");
+            }
+            for _ in 0..100_000 {
+                state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+                let exponent = 127 - 75 + (state >> 8) % 138;
+                state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+                let x = f32::from_bits(exponent << 23 | state >> 9);
+                assert_eq!(divide(x, divisor).to_bits(), (x / divisor).to_bits(), "{x:e} / {divisor:e}");
+            }
+        }
+        assert!(divide(f32::NAN, 0.5).is_nan());
     }
 }

@@ -175,10 +175,6 @@ class StateOptimizer(torch.optim.Optimizer):
         """Where a parameter's states are; they are made of zeros where there are none."""
         return [_bridge.resident_run(to_local(key.detach()).numel(), self._arrays(key, group))]
 
-    def _kept_tensors(self, keys: list[Tensor]) -> list[tuple[dict[str, Any], str, Tensor]]:
-        """(what is kept of a parameter, a name in it, its tensor): what a plan is good for as long as they stay."""
-        return [(self.state[key], name, value) for key in keys for name, value in self.state[key].items()]
-
     def _kinds(self, group: dict[str, Any]) -> tuple[StateKind, ...]:
         return self.rule.states if self.rule.needs_states(group) else ()
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import chain, repeat
-from operator import attrgetter, getitem, is_
+from operator import attrgetter, is_
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -60,28 +60,27 @@ class Part:
             first = {chosen: index for index, chosen in reversed(list(enumerate(sets)))}
             self._sets = [(group, first[index]) for index, (group, _) in enumerate(numbers)]
         runs = [optimizer._runs_of(member.key, optimizer.param_groups[member.group]) for member in members]
-        kept = optimizer._kept_tensors(self.keys)
         self._used: tuple[Sequence[Tensor], list[Tensor]] | None = None
         self._elements = [param.numel() for param in params]
         self._dtypes = [param.dtype for param in params]
         self._plain = set(map(type, self.keys)) <= _PLAIN
         self.sharded = any(hasattr(key, "to_local") for key in self.keys)
         self.program: Program = _bridge.program(self._rule.name, [param.contiguous() for param in params], sets, runs)
-        self._dicts = [state for state, _, _ in kept]
-        self._names = [name for _, name, _ in kept]
-        self._tensors = [tensor for _, _, tensor in kept]
-        # Numbers of steps are told by their values.
-        self._locals = [to_local(tensor) for _, name, tensor in kept if name != "step"]
+        self._states = [optimizer.state[key] for key in self.keys]
+        self._kept = list(chain.from_iterable(map(dict.values, self._states)))
+        # Numbers of steps are told by their values, not by their place.
+        tensors = [item for state in self._states for name, item in state.items() if name != "step"]
+        self._locals = [to_local(tensor) for tensor in tensors if isinstance(tensor, Tensor)]
         self._addresses = _bridge.addresses(self._locals)
+        self._param_addresses = _bridge.addresses(params)
 
     def holds(self) -> bool:
         """Are states and numbers of steps those that were seen?"""
-        try:
-            same = all(map(is_, map(getitem, self._dicts, self._names), self._tensors))
-        except KeyError:
-            return False
         return (
-            same and _bridge.addresses(self._locals) == self._addresses and (self.capturable or self._counts.unchanged)
+            sum(map(len, self._states)) == len(self._kept)
+            and all(map(is_, chain.from_iterable(map(dict.values, self._states)), self._kept))
+            and _bridge.addresses(self._locals) == self._addresses
+            and (self.capturable or self._counts.unchanged)
         )
 
     def take(self, grads: list[Tensor]) -> list[tuple[Tensor, Tensor]] | None:
@@ -94,12 +93,18 @@ class Part:
         params: Sequence[Tensor] = self.keys
         if not self._plain:
             params = [to_local(key.detach()) for key in self.keys]
-        if list(map(Tensor.numel, params)) != self._elements or list(map(_dtype, params)) != self._dtypes:
-            return None
+        addresses = _bridge.addresses(params)
+        if addresses != self._param_addresses:
+            # Elsewhere: it may be anything. In its place, what is asked of its gradient says enough.
+            if list(map(Tensor.numel, params)) != self._elements or list(map(_dtype, params)) != self._dtypes:
+                return None
+            if any(param.device != self.device for param in params):
+                return None
+            self._param_addresses = addresses
         if not all(map(Tensor.is_contiguous, params)):
             dense = [param.detach().contiguous() for param in params]
             copies = [(param, copy) for param, copy in zip(params, dense, strict=True) if not param.is_contiguous()]
-            params = dense
+            params, addresses = dense, _bridge.addresses(dense)
         if (
             not set(map(type, grads)) <= _PLAIN
             or list(map(_dtype, grads)) != self._dtypes
@@ -108,7 +113,7 @@ class Part:
         ):
             grads = [self._dense(*item) for item in zip(self.keys, grads, params, strict=True)]
         self._used = (params, grads)  # copies live until the step is queued
-        self.program.place(_bridge.addresses(params), _bridge.addresses(grads))
+        self.program.place(addresses, _bridge.addresses(grads))
         return copies
 
     @staticmethod

@@ -13,7 +13,7 @@ from qlora_rs import optim
 from qlora_rs.errors import PageError
 from qlora_rs.paging import PagedPool
 
-SHAPES = ((97, 91), (1,), (5003,), (64, 67), (33,), (4096,))
+SHAPES = ((97, 91), (1,), (0,), (5003,), (64, 67), (33,), (4096,))
 PAIRS = [
     (optim.PagedAdamW32bit, optim.AdamW),
     (optim.PagedAdamW8bit, optim.AdamW8bit),

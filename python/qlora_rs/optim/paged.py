@@ -158,6 +158,12 @@ class PagedOptimizer(StateOptimizer):
 
     def _gathered(self, key: Tensor, kinds: tuple[StateKind, ...]) -> dict[str, Tensor]:
         parts: dict[str, list[Tensor]] = defaultdict(list)
+        if not self._paged[key]:  # it has no elements
+            eight = self._is_8bit(key)
+            for name, _ in kinds:
+                parts[name].append(torch.zeros(0, dtype=torch.uint8 if eight else torch.float32))
+                if eight:
+                    parts[f"{name}_absmax"].append(torch.zeros(0))
         for run in self._paged[key]:
             for name, array in self._views(self._pages[run.page - 1].host(), run, kinds):
                 parts[name].append(array.values.clone())

@@ -125,6 +125,7 @@ class DeviceProgram(_Program):
         self._core = _core.DeviceStep(
             rule, tensors=self._tensors, runs=self._runs, table=_memory(self._table), queue=_queue(self.device)
         )
+        self._streams = {_queue(self.device)[1]}  # those that have used the table
         self._params = [tensor[0] for tensor in self._tensors]
         self._grads: list[int] | None = None
         self._counters: object = None
@@ -133,6 +134,10 @@ class DeviceProgram(_Program):
 
     def place(self, params: list[int], grads: list[int]) -> None:
         """As `HostProgram.place`; what has not changed is not written again."""
+        if _queue(self.device)[1] not in self._streams:
+            # Dropped, the table must not be handed out again before this stream has passed, too.
+            self._table.record_stream(torch.cuda.current_stream(self.device))
+            self._streams.add(_queue(self.device)[1])
         if params == self._params and grads == self._grads:
             return
         moved = None if params == self._params else params

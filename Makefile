@@ -118,6 +118,7 @@ bench: $(VENV)/bench.stamp $(DEMO_FILES) ## print the benchmark tables (about 15
 	$(BIN)/python benchmarks/import_time.py
 	$(BIN)/python benchmarks/cpu_quantize.py
 	$(BIN)/python benchmarks/cpu_linear.py
+	$(BIN)/python benchmarks/cpu_optimizer.py
 	$(BIN)/python benchmarks/perplexity_parity.py
 	$(BIN)/python benchmarks/paging_policy.py
 	$(BIN)/python benchmarks/stream_quantize.py

@@ -101,15 +101,32 @@ def host_times() -> dict[str, float]:
         with lone.acquired("write"):
             pass
 
+    small = PagedPool("3GiB", "cuda", page_size="2MiB", policy="lru")
+    pages = [small.store(torch.zeros(2 << 20, dtype=torch.uint8)) for _ in range(2000)]
+
     work = {
         "acquire and release, one buffer": turn([buffer]),
         "the same, in a with block, for writing": block,
         "the same, 320 buffers in turn, order learned": turn(layers),
+        "the same, each fetched first, 1,536 frames": turn(pages),
     }
     for call in work.values():
-        for _ in range(1000):
+        for _ in range(2000):
             call()
-    return device.host_us(work)
+    # Few enough calls that the driver's queue has room for what they copy.
+    return device.host_us(work, calls=100)
+
+
+def first_use() -> float:
+    """GB/s at which frames get memory of the device, which the host does."""
+    pool = PagedPool("8GiB", "cuda")
+    buffer = pool.zeros(8 << 30, torch.uint8)
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    buffer.acquire("overwrite")
+    taken = time.perf_counter() - start
+    buffer.release()
+    return buffer.nbytes / 1e9 / taken
 
 
 def pinning(bytes: int) -> dict[str, float]:
@@ -160,6 +177,7 @@ def main() -> None:
         lines.append((name, f"{got:.1f}", f"{got / speed[ceiling]:.0%}", f"{MUST_REACH:.0%}"))
     print(harness.table(("pool", "GB/s", "of the link", "must reach"), lines))
     print(harness.table(("host", "us"), [(name, f"{time:.1f}") for name, time in host_times().items()]))
+    print(f"frames get memory at {first_use():.0f} GB/s")
     pinned = pinning(int(arguments.pin_gigabytes * 1e9))
     print(harness.table(("host memory", "GB/s"), [(name, f"{speed:.1f}") for name, speed in pinned.items()]))
 

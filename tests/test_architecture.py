@@ -32,7 +32,7 @@ LAYERS = (
     {"_core", "errors"},
     {"reference", "spec"},
     {"packed", "report"},
-    {"_bridge"},
+    {"_bridge", "torch_memory"},
     {"ops"},
     {"direct", "pool", "quantization"},
     {"optim", "flat_product"},

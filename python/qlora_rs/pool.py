@@ -26,7 +26,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from qlora_rs import _bridge, _core
+from qlora_rs import _bridge, _core, torch_memory
 from qlora_rs.errors import DeviceError, PageError, UnsupportedError
 from qlora_rs.report import format_bytes, parse_bytes
 
@@ -218,8 +218,31 @@ class PagedPool:
         return self._core.give_back(parse_bytes(bytes))
 
     def reclaim(self) -> None:
-        """Use the whole budget again."""
+        """Use the whole budget again.
+
+        Where memory is shared with torch (`sharing_with_torch`), torch gives back first what it only caches.
+        """
+        if self.device.type == "cuda":
+            torch_memory.release_cached(self.device.index)
         self._core.reclaim()
+
+    def sharing_with_torch(self) -> contextlib.AbstractContextManager[None]:
+        """For the length of a ``with`` block, torch's memory on the pool's device comes from where frames can give way.
+
+        Where there is none for a tensor, the pools of that device give frames back (as `give_back` chooses them) and
+        torch gets it, on every thread, in backward too. Frames can take again what torch frees; torch keeps what it
+        only caches, so call `reclaim` between steps where ``stats().limit_bytes`` has fallen below the budget. Memory
+        of tensors that were given to `torch.Tensor.record_stream` is used again only after that, or after the block.
+
+        Enter it once, around the training loop and not inside of it: torch's cache is emptied first. On the CPU it does
+        nothing.
+
+        Raises:
+            UnsupportedError: torch is older than 2.8.
+        """
+        if self.device.type == "cpu":
+            return contextlib.nullcontext()
+        return torch_memory.shared(self.device.index)
 
     @contextlib.contextmanager
     def record_timeline(self) -> Iterator[list[Span]]:
@@ -232,7 +255,7 @@ class PagedPool:
         >>> with pool.record_timeline() as spans, buffer.acquired("write") as values:
         ...     _ = values.add_(1)
         >>> [(span.lane, span.buffer) for span in spans]
-        [('in', 'moments'), ('wait', 'moments'), ('compute', 'moments')]
+        [('in', 'moments'), ('compute', 'moments')]
         """
         spans: list[Span] = []
         self._core.start_timeline()

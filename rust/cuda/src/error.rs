@@ -76,6 +76,21 @@ pub enum CudaError {
     /// A page size or budget that this device cannot have.
     #[error("{0}")]
     Budget(String),
+    /// The device has no memory for frames.
+    #[error(
+        "{name} has {free} bytes free, and a paged pool needs {wish} of them beside {margin} that it leaves free; hint: lower \
+         its budget, or free memory there (torch.cuda.empty_cache() gives back what torch only caches)"
+    )]
+    Full {
+        /// Marketing name of the device.
+        name: String,
+        /// What is there.
+        free: usize,
+        /// What was asked for.
+        wish: usize,
+        /// What pools leave.
+        margin: usize,
+    },
     /// The host cannot give the memory that a pool needs behind it.
     #[error(
         "the host cannot pin {wish} bytes more: {reason}; pinned so far: {pinned} bytes; hint: keep less in the pool, free \

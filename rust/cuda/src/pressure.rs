@@ -13,6 +13,9 @@ use crate::paging::CudaBackend;
 /// A pool of a device, for several threads.
 pub type DevicePool = Shared<CudaBackend>;
 
+/// Bytes of a device that pools leave to what is allocated past them and torch: code of kernels, streams, events.
+pub(crate) const MARGIN: usize = 256 << 20;
+
 /// All pools, with the index of their device.
 static POOLS: Mutex<Vec<(i32, Weak<DevicePool>)>> = Mutex::new(Vec::new());
 
@@ -41,10 +44,15 @@ pub fn allocate(ordinal: i32, bytes: usize) -> Result<DevicePtr, CudaError> {
         Taken::Memory(address) => return Ok(address),
         Taken::Nothing(error) => error,
     };
+    let pools = pools_of(ordinal);
+    let spare: usize = pools.iter().map(|pool| pool.spare_bytes().unwrap_or(0)).sum();
+    if free_bytes()? + spare < bytes {
+        return Err(out_of_memory);
+    }
     // What is free may lie in pieces: where giving back what is missing is not enough, as much as is wanted.
-    for wish in [bytes.saturating_sub(free()?), bytes] {
+    for wish in [(bytes + MARGIN).saturating_sub(free_bytes()?), bytes] {
         let mut left = wish.max(1);
-        for pool in pools_of(ordinal) {
+        for pool in &pools {
             // A pool whose device has failed gives nothing.
             left = left.saturating_sub(pool.give_back(left, Until::Freed).unwrap_or(0));
             if left == 0 {
@@ -76,7 +84,8 @@ fn take(bytes: usize) -> Result<Taken, CudaError> {
     }
 }
 
-fn free() -> Result<usize, CudaError> {
+/// Bytes of the device that nobody has; its context is current.
+pub(crate) fn free_bytes() -> Result<usize, CudaError> {
     let (mut free, mut total) = (0, 0);
     // SAFETY: the out pointers are live locals, and a context is current.
     unsafe { sys::cuMemGetInfo_v2(&raw mut free, &raw mut total) }.result().map_err(failed("cuMemGetInfo"))?;

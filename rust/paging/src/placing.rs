@@ -252,12 +252,24 @@ impl<B: Backend> Pool<B> {
         Ok(())
     }
 
-    /// So many frames with memory that are missed least, in a row if possible: what stays should not be cut up.
-    pub(crate) fn least_needed(&self, wish: usize) -> Vec<usize> {
+    /// What each frame costs to take from whoever has it; `None` where it has no memory or must stay.
+    fn spare_frames(&self) -> Vec<Option<Price>> {
         let mut prices = self.prices(BufferId(u64::MAX), Rule::Demand);
         for (price, &committed) in prices.iter_mut().zip(&self.committed) {
             *price = price.filter(|_| committed);
         }
+        prices
+    }
+
+    /// Bytes that `give_back` could give.
+    #[must_use]
+    pub fn spare_bytes(&self) -> usize {
+        self.spare_frames().iter().flatten().count() * self.backend.page_bytes()
+    }
+
+    /// So many frames with memory that are missed least, in a row if possible: what stays should not be cut up.
+    pub(crate) fn least_needed(&self, wish: usize) -> Vec<usize> {
+        let prices = self.spare_frames();
         let key = |price: Price| (price.dirty, price.weight, price.evicted);
         if let Some((start, _)) = cheapest(&prices, wish, End::High, key) {
             return (start..start + wish).map(|frame| frame % prices.len()).collect();

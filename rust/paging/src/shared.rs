@@ -107,6 +107,14 @@ impl<B: Backend> Shared<B> {
         self.with(|pool| pool.begin_fill(id))
     }
 
+    /// As [`Pool::spare_bytes`].
+    ///
+    /// # Errors
+    /// This process cannot use the backend.
+    pub fn spare_bytes(&self) -> Outcome<usize, B> {
+        self.with(|pool| Ok(pool.spare_bytes()))
+    }
+
     /// As [`Pool::give_back`].
     ///
     /// # Errors

@@ -3,6 +3,9 @@
 use crate::backend::{Backend, Lane};
 use crate::buffer::BufferId;
 
+/// Seconds that two moments on a stream are apart with nothing between them, at most: a wait that is no longer was none.
+const NO_WAIT: f64 = 1e-5;
+
 /// What a span of time went into.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Activity<S> {
@@ -113,6 +116,9 @@ impl<B: Backend> Timeline<B> {
         let mut spans = Vec::with_capacity(self.spans.len());
         for Recorded { activity, buffer, begin, end } in self.spans {
             let (begin, end) = (B::seconds(&self.start, &begin)?, B::seconds(&self.start, &end)?);
+            if matches!(activity, Activity::Wait(_)) && end - begin < NO_WAIT {
+                continue;
+            }
             spans.push(Span { activity, buffer, begin, end });
         }
         spans.sort_by(|a, b| a.begin.total_cmp(&b.begin));

@@ -236,8 +236,10 @@ impl Check {
             }
             Action::GiveBack { bytes, until } => {
                 let before = self.machine.committed();
+                let spare = self.pool.spare_bytes();
                 let given = self.pool.give_back(bytes, until).expect("there are no other errors");
                 assert_eq!(self.machine.committed(), before - given / PAGE);
+                assert_eq!(given, spare.min(bytes.next_multiple_of(PAGE)));
                 self.given_back |= given > 0;
             }
             Action::Reclaim => self.pool.reclaim(),

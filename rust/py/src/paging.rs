@@ -1,6 +1,7 @@
 //! `Pool`: buffers under a budget, in ordinary memory or on a CUDA device.
 
 use std::ffi::c_void;
+use std::mem::ManuallyDrop;
 use std::panic::catch_unwind;
 use std::sync::Arc;
 
@@ -41,7 +42,16 @@ impl<E: std::error::Error + IntoPyErr> IntoPyErr for PagingError<E> {
 
 /// Buffers under a budget, by number. Addresses are good as long as the pool; see `qlora_rs.paging` for the rest.
 #[pyclass(frozen, module = "qlora_rs._core")]
-pub struct Pool(Memory);
+pub struct Pool(ManuallyDrop<Memory>);
+
+impl Drop for Pool {
+    fn drop(&mut self) {
+        // SAFETY: taken once, here; nobody uses it afterwards.
+        let memory = unsafe { ManuallyDrop::take(&mut self.0) };
+        // It may wait for the device: not under the GIL. Where the interpreter is ending it is dropped all the same.
+        Python::try_attach(|py| py.detach(|| drop(memory)));
+    }
+}
 
 enum Memory {
     Host(Box<Shared<HostBackend>>),
@@ -52,7 +62,7 @@ enum Memory {
 /// The same work on either kind of pool, without the GIL; the pool's lock is held by `with` alone.
 macro_rules! either {
     ($self:ident, $py:ident, |$pool:ident| $work:expr) => {
-        match &$self.0 {
+        match &*$self.0 {
             Memory::Host($pool) => $py.detach(|| $work).map_err(IntoPyErr::into_py_err),
             Memory::Cuda($pool, _) => $py.detach(|| $work).map_err(IntoPyErr::into_py_err),
         }
@@ -108,12 +118,13 @@ impl Pool {
             other => return Err(PyValueError::new_err(format!("policy is \"trace\" or \"lru\", got {other:?}"))),
         };
         let Some(ordinal) = device else {
-            return open(HostBackend::new(frames, page_bytes), policy).map(|pool| Self(Memory::Host(Box::new(pool))));
+            return open(HostBackend::new(frames, page_bytes), policy)
+                .map(|pool| Self(ManuallyDrop::new(Memory::Host(Box::new(pool)))));
         };
         let backend = py.detach(|| qlora_cuda::CudaBackend::new(ordinal, frames, page_bytes));
         let pool = Arc::new(open(backend, policy)?);
         pressure::register(ordinal, &pool);
-        Ok(Self(Memory::Cuda(pool, ordinal)))
+        Ok(Self(ManuallyDrop::new(Memory::Cuda(pool, ordinal))))
     }
 
     /// Number of a new buffer of zeros.
@@ -124,7 +135,7 @@ impl Pool {
     /// Make host memory ready for buffers of so many bytes; the bytes that were made ready.
     #[pyo3(signature = (bytes, *, progress))]
     fn reserve(&self, py: Python<'_>, bytes: usize, progress: Option<Bound<'_, PyAny>>) -> PyResult<usize> {
-        match &self.0 {
+        match &*self.0 {
             Memory::Host(pool) => detached(py, progress, |control| reserve(pool, bytes, control)),
             Memory::Cuda(pool, _) => detached(py, progress, |control| reserve(pool, bytes, control)),
         }
@@ -156,7 +167,7 @@ impl Pool {
         dtype: (u8, u8),
         owner: Py<PyAny>,
     ) -> PyResult<Bound<'py, PyAny>> {
-        let device = match self.0 {
+        let device = match *self.0 {
             Memory::Cuda(_, ordinal) if !host => Some(ordinal),
             _ => None,
         };

@@ -5,6 +5,7 @@ use cudarc::driver::sys;
 use crate::context::{Device, Relaxed};
 use crate::error::{CudaError, failed};
 use crate::launch::DevicePtr;
+use crate::pressure::{MARGIN, free_bytes};
 
 /// Address space for `frames` frames, twice, and the memory of those that have some.
 #[derive(Debug)]
@@ -89,10 +90,14 @@ impl Ring {
         self.start + (frame * self.page_bytes) as DevicePtr
     }
 
-    /// Memory for frames that have none; all or nothing.
+    /// Memory for frames that have none; all or nothing, and the margin stays free.
     pub(super) fn commit(&mut self, first: usize, count: usize) -> Result<(), CudaError> {
         let _entered = self.device.enter()?;
         let _relaxed = Relaxed::enter()?;
+        let (free, wish) = (free_bytes()?, count * self.page_bytes);
+        if free < wish + MARGIN {
+            return Err(CudaError::Full { name: self.device.name.clone(), free, wish, margin: MARGIN });
+        }
         for frame in first..first + count {
             if let Err(error) = self.back(frame) {
                 self.give_up(first, frame - first);

@@ -338,7 +338,8 @@ def draw(spans: Path, plot: Path) -> None:
     axes = figure.subplots()
     for kind, bars in sorted(_bars(rows).items()):
         name, lane = kind
-        axes.broken_barh(bars, (lanes[lane] - 0.36, 0.72), facecolors=colors[name], linewidth=0)
+        shades = (colors[name], "#56B4E9") if name == "weights" else (colors[name],)  # layer by layer
+        axes.broken_barh(bars, (lanes[lane] - 0.36, 0.72), facecolors=shades, linewidth=0)
     for name, color in colors.items():
         if any(kind[0] == name for kind in _bars(rows)):
             axes.bar(0, 0, color=color, label=name)

@@ -7,13 +7,14 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import qlora_rs
 from qlora_rs import Linear4bit
 from qlora_rs.chunked_loss import causal_lm_loss
 from qlora_rs.paging import Fitted, fit, page_weights
-from qlora_rs.paging.plan import PAGED
+from qlora_rs.paging.plan import PAGED, Request, plan
+from qlora_rs.paging.weights import packed_blocks
 from qlora_rs.report import parse_bytes
 
 TOKENS = 2 * 24
@@ -182,3 +183,29 @@ def test_a_model_without_packed_layers_is_only_moved() -> None:
     assert fitted.pool is None
     with pytest.raises(ValueError, match="no packed layers"):
         page_weights(model, object())  # type: ignore[arg-type]
+
+
+class Mixture(nn.Module):
+    """A decoder layer of one Linear layer and some experts."""
+
+    def __init__(self, experts: int) -> None:
+        super().__init__()
+        self.proj = nn.Linear(64, 64, bias=False)
+        self.experts = nn.ModuleList(nn.ModuleDict({"up": nn.Linear(64, 192, bias=False)}) for _ in range(experts))
+
+
+@pytest.mark.parametrize("experts", [3, 8])
+def test_experts_are_blocks_of_their_own_but_leave_no_activations_of_their_own(experts: int) -> None:
+    model = nn.Module()
+    model.layers = nn.ModuleList(Mixture(experts) for _ in range(5))
+    qlora_rs.quantize_model(model)
+    assert len(packed_blocks(model)) == 5 * (1 + experts)
+    request = Request(1 << 30, torch.device("cpu"), 100, "adamw", None, checkpointing=True, whole_logits=False)
+    parts = {part.name: part.nbytes for part in plan(model, request).parts}
+    assert parts["saved activations"] == 5 * 100 * 64 * element_size(model)
+    # A token meets two experts, however many there are.
+    assert parts["working set"] == round(2.2 * (128 + 2 * 256) * 100 * element_size(model)) + 64 * 192 * 4
+
+
+def element_size(model: nn.Module) -> int:
+    return next(m.float_dtype.itemsize for m in model.modules() if isinstance(m, Linear4bit))

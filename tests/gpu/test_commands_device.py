@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -26,12 +27,13 @@ def packed(tmp_path_factory: pytest.TempPathFactory, make_tiny_llama: Callable[.
 
 @pytest.fixture
 def run_train(packed: Path, write_chats: Callable[..., Path], tmp_path: Path) -> Callable[..., TrainReport]:
-    def run(output: str, *, on_step: Any = None, **changes: Any) -> TrainReport:
+    def run(output: str, *, on_step: Any = None, on_message: Any = None, **changes: Any) -> TrainReport:
         data = tmp_path / "chats.jsonl"
         if not data.exists():
             write_chats()
-        settings = {"r": 4, "lr": 1e-2, "batch_size": 3, "steps": 6, "device": "cuda", **changes}
-        return train(TrainOptions(model=packed, data=data, output=tmp_path / output, **settings), on_step=on_step)
+        settings = {"model": packed, "r": 4, "lr": 1e-2, "batch_size": 3, "steps": 6, "device": "cuda", **changes}
+        options = TrainOptions(data=data, output=tmp_path / output, **settings)
+        return train(options, on_step=on_step, on_message=on_message)
 
     return run
 
@@ -68,6 +70,32 @@ def test_a_stopped_run_goes_on_bit_for_bit(run_train, tmp_path, gradient_checkpo
     assert adapters[0] == adapters[1]
     assert torch.equal(torch.cuda.get_rng_state(), before)
     assert not torch.are_deterministic_algorithms_enabled()
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "paged_adamw8bit"])
+def test_a_memory_budget_changes_no_bit_stopped_or_not(run_train, tmp_path, make_tiny_llama, optimizer):
+    shape = {"hidden_size": 640, "intermediate_size": 1920, "num_hidden_layers": 9, "num_attention_heads": 10}
+    make_tiny_llama(tmp_path / "source", **shape)  # 2.7 MB a layer: two pages
+    checkpoint.quantize(tmp_path / "source", tmp_path / "packed")
+    options = {"model": tmp_path / "packed", "optimizer": optimizer, "gradient_checkpointing": True}
+    heard: list[str] = []
+    run_train("whole", **options)
+    with pytest.raises(ValueError, match="is too small") as caught:
+        run_train("refused", memory_budget="1MiB", **options)
+    least = re.search(r"at least (\d+) bytes", str(caught.value))
+    assert least is not None
+
+    def interrupt(entry: Any, total: int) -> None:
+        if entry.step == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_train("stopped", memory_budget=least[1], on_step=interrupt, on_message=heard.append, **options)
+    assert any("the pool's frames" in line for line in heard)
+    run_train("stopped", memory_budget=least[1], resume=True, **options)
+    assert losses(tmp_path / "stopped") == losses(tmp_path / "whole")
+    adapters = [(tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("stopped", "whole")]
+    assert adapters[0] == adapters[1]
 
 
 def test_a_run_does_not_go_on_elsewhere(run_train):

@@ -104,6 +104,16 @@ def test_the_budget_of_the_error_does_and_less_does_not() -> None:
     assert fitted.pool is not None
 
 
+def test_a_pool_of_large_pages_is_given_room_for_them() -> None:
+    model = llama()
+    least = least_budget(model, page_size="1MiB")
+    assert least > least_budget(model) + (3 << 20)
+    fitted = fit(model, least, "cpu", tokens=TOKENS, page_size="1MiB")
+    if fitted.pool is not None:
+        assert fitted.pool.budget >= 4 << 20
+    assert len(train(model, fitted, steps=1)) > 1
+
+
 def test_nothing_is_paged_where_everything_fits() -> None:
     model = llama()
     fitted = fit(model, "1GiB", "cpu", tokens=TOKENS)
@@ -200,7 +210,7 @@ def test_experts_are_blocks_of_their_own_but_leave_no_activations_of_their_own(e
     model.layers = nn.ModuleList(Mixture(experts) for _ in range(5))
     qlora_rs.quantize_model(model)
     assert len(packed_blocks(model)) == 5 * (1 + experts)
-    request = Request(1 << 30, torch.device("cpu"), 100, "adamw", None, checkpointing=True, whole_logits=False)
+    request = Request(1 << 30, torch.device("cpu"), 100, "adamw", None, True, whole_logits=False, page_bytes=4096)
     parts = {part.name: part.nbytes for part in plan(model, request).parts}
     assert parts["saved activations"] == 5 * 100 * 64 * element_size(model)
     # A token meets two experts, however many there are.

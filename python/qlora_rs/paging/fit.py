@@ -116,7 +116,11 @@ def fit(
     check_optimizer(optimizer)
     if checkpointing is None:  # transformers marks the modules
         checkpointing = any(getattr(module, "gradient_checkpointing", False) is True for module in model.modules())
-    request = Request(parse_bytes(budget), where, tokens, optimizer, page_activations, checkpointing, whole_logits)
+    largest = max((block_bytes(layers) for layers in packed_blocks(model).values()), default=0)
+    page = _page_size(largest, where) if page_size is None else parse_bytes(page_size)
+    request = Request(
+        parse_bytes(budget), where, tokens, optimizer, page_activations, checkpointing, whole_logits, page
+    )
     planned = plan(model, request)
     if planned.frames is None:
         if load is not None:
@@ -126,9 +130,7 @@ def fit(
                     layer.to(where)
         model.to(where)
         return Fitted(where, planned, None, None)
-    largest = max(block_bytes(layers) for layers in packed_blocks(model).values())
-    size = _page_size(largest, where) if page_size is None else parse_bytes(page_size)
-    pool = PagedPool(planned.frames, where, page_size=size)
+    pool = PagedPool(planned.frames, where, page_size=page)
     weights = page_weights(model, pool, load=load, progress=progress)
     model.to(where)
     return Fitted(where, planned, pool, weights)

@@ -96,6 +96,7 @@ class Request:
     page_activations: bool | None
     checkpointing: bool
     whole_logits: bool
+    page_bytes: int
 
 
 def check_optimizer(name: str) -> None:
@@ -139,7 +140,7 @@ def plan(model: nn.Module, request: Request) -> Plan:
     )
     outside = sum(part.nbytes for part in parts if part.place != "pool")
     # One block is used while the next one comes, beside what is saved meanwhile.
-    least = 2 * max(weights.values()) + (2 * largest_kept if page_activations else 0)
+    least = 2 * _pages(max(weights.values()), request) + (2 * _pages(largest_kept, request) if page_activations else 0)
     frames = request.budget - outside
     if frames < least:
         table = Plan(request.budget, parts, 0)
@@ -149,6 +150,11 @@ def plan(model: nn.Module, request: Request) -> Plan:
             f"than {request.tokens}\n{table}"
         )
     return Plan(request.budget, parts, frames)
+
+
+def _pages(nbytes: int, request: Request) -> int:
+    """Bytes of the whole pages that a buffer takes."""
+    return -(-nbytes // request.page_bytes) * request.page_bytes
 
 
 def _resident(model: nn.Module, request: Request) -> Iterator[Part]:

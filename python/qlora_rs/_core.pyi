@@ -517,5 +517,11 @@ def simd_level() -> str:
     The instruction set that the kernels use here: "scalar", "avx2" or "avx512" (`QLORA_RS_SIMD` lowers it).
     """
 
+def swap_paths(a: str | PathLike[str], b: str | PathLike[str]) -> bool:
+    """
+    Let two existing paths of one file system change places in one step; false, and nothing has happened, where the file
+    system cannot.
+    """
+
 BLOCK_SIZES: Final[list[int]]
 QUANT_TYPES: Final[list[str]]

@@ -10,6 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from qlora_rs import _core
+
 ModelMaker = Callable[..., Path]
 
 
@@ -85,6 +87,15 @@ def make_model(tmp_path: Path) -> ModelMaker:
         return write_model(tmp_path / name, tensors, llama_config(**changes), shards)
 
     return make
+
+
+@pytest.fixture
+def can_swap(tmp_path_factory: pytest.TempPathFactory) -> bool:
+    """Whether folders can change places in one step where tests write."""
+    folder = tmp_path_factory.mktemp("swap")
+    (folder / "a").mkdir()
+    (folder / "b").mkdir()
+    return _core.swap_paths(folder / "a", folder / "b")
 
 
 @pytest.fixture

@@ -254,8 +254,11 @@ def test_leftovers_that_are_no_weights_are_cleared(interrupted, tmp_path):
     assert content(tmp_path / "packed") == content(tmp_path / "expected")
 
 
+@pytest.mark.parametrize("swaps", [True, False])
 @pytest.mark.parametrize(("overwrite", "step"), [*((False, n) for n in range(3)), *((True, n) for n in range(4))])
-def test_a_kill_between_the_steps_of_the_commit_loses_nothing(make_model, tmp_path, monkeypatch, step, overwrite):
+def test_a_kill_between_the_steps_of_the_commit_loses_nothing(
+    make_model, tmp_path, monkeypatch, can_swap, step, overwrite, swaps
+):
     source, target = make_model(), tmp_path / "packed"
     checkpoint.quantize(source, tmp_path / "expected")
     if overwrite:
@@ -281,6 +284,8 @@ def test_a_kill_between_the_steps_of_the_commit_loses_nothing(make_model, tmp_pa
         def commit_until(*arguments):
             for name in ("rename", "replace"):
                 patch.setattr(os, name, dying(getattr(os, name)))
+            swap = _core.swap_paths if swaps else lambda a, b: False
+            patch.setattr(_core, "swap_paths", dying(swap) if swaps else swap)
             patch.setattr("pathlib.Path.unlink", dying(type(target).unlink))
             patch.setattr("shutil.rmtree", lambda *arguments, **options: None)
             commit(*arguments)
@@ -292,6 +297,8 @@ def test_a_kill_between_the_steps_of_the_commit_loses_nothing(make_model, tmp_pa
     expected = (tmp_path / "expected" / "model.safetensors").read_bytes()
     if not overwrite:
         assert old in (None, expected)
+    elif swaps and can_swap:
+        assert old is not None
     if old != expected:
         checkpoint.quantize(source, target, overwrite=overwrite)
     else:

@@ -12,6 +12,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from qlora_rs import _core
 from qlora_rs.checkpoint.folder import sync_folder
 from qlora_rs.checkpoint.journal import JOURNAL, Command, Journal
 from qlora_rs.errors import UnsupportedError
@@ -152,24 +153,38 @@ def _clear(path: Path, weight_files: Collection[str]) -> None:
 def _commit(path: Path, destination: Path, overwrite: bool) -> None:
     for folder, _, _ in os.walk(path):
         sync_folder(Path(folder))
-    # NOTE: a kill between any two of these steps leaves either the marker beside a folder that can be resumed, or a
-    # whole destination.
+    # NOTE: a kill between any two of these steps leaves either the marker beside a folder that can be resumed (after the
+    # swap that is the old model, of which nothing is kept), or a whole destination.
     marker = _marker(destination)
     os.replace(path / JOURNAL, marker)
     aside = destination.with_name(f".{destination.name}.replaced-{os.getpid()}")
     try:
+        swapped = False
         if overwrite and destination.exists():
             _remove_replaced(destination)
-            os.rename(destination, aside)
-        os.rename(path, destination)  # refuses a folder that appeared meanwhile, unless it is empty
+            swapped = _core.swap_paths(path, destination)
+            if not swapped:  # there is a moment without a destination, where the file system cannot do better
+                os.rename(destination, aside)
+        if not swapped:
+            os.rename(path, destination)  # refuses a folder that appeared meanwhile, unless it is empty
     except BaseException:
         if aside.exists() and not destination.exists():
             os.rename(aside, destination)
         os.replace(marker, path / JOURNAL)
         raise
+    if swapped:
+        _put_aside(path, aside)
     marker.unlink()
     sync_folder(destination.parent)
     _remove_replaced(destination)
+
+
+def _put_aside(path: Path, aside: Path) -> None:
+    """The old model, which has the name of the partial folder, out of the way of the next command at once."""
+    try:
+        os.rename(path, aside)
+    except OSError:
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def _remove_replaced(destination: Path) -> None:

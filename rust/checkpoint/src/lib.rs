@@ -2,7 +2,7 @@
 //!
 //! [`header`] is what a file says of itself, [`plan`] what is to be written where, [`reader`] the one pass over the
 //! source, [`hasher`] what proves it, [`writer`] the shards, [`pack`] the pipeline of them all, [`journal`] what of it is
-//! finished and [`resume`] what an interrupted run left. [`load`] brings tensors from files into other memory.
+//! finished and [`resume`] what an interrupted run left. [`swap`] replaces a whole folder in one step, [`load`] brings tensors from files into other memory.
 
 pub mod error;
 pub mod hasher;
@@ -13,6 +13,7 @@ pub mod pack;
 pub mod plan;
 pub mod reader;
 pub mod resume;
+pub mod swap;
 pub mod writer;
 
 pub use error::CheckpointError;
@@ -21,3 +22,4 @@ pub use journal::{Finished, Journal};
 pub use load::{FileTargets, LoadError, LoadOptions, Target, load};
 pub use pack::{PackOptions, Resumption, pack};
 pub use plan::{Plan, PlanRequest};
+pub use swap::swap;

@@ -6,7 +6,9 @@ use std::path::PathBuf;
 use pyo3::exceptions::PyOSError;
 use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyList};
-use qlora_checkpoint::{CheckpointError, Finished, Header, PackOptions, Plan, PlanRequest, Resumption, Tensor, pack};
+use qlora_checkpoint::{
+    CheckpointError, Finished, Header, PackOptions, Plan, PlanRequest, Resumption, Tensor, pack, swap,
+};
 
 use crate::boundary::{IntoPyErr, detached, detached_brief};
 use crate::spec::Spec;
@@ -50,6 +52,15 @@ pub fn read_header(py: Python<'_>, path: PathBuf) -> PyResult<Bound<'_, PyDict>>
     answer.set_item("metadata", header.metadata)?;
     answer.set_item("tensors", rows(&header.tensors))?;
     Ok(answer)
+}
+
+/// Let two existing paths of one file system change places in one step; false, and nothing has happened, where the file
+/// system cannot.
+#[pyfunction]
+#[pyo3(signature = (a, b))]
+#[allow(clippy::needless_pass_by_value)] // pyo3 hands arguments over by value
+pub fn swap_paths(py: Python<'_>, a: PathBuf, b: PathBuf) -> PyResult<bool> {
+    detached_brief(py, |_| swap(&a, &b))
 }
 
 /// Quantize the tensors named `packed` of `files` in the folder `source`, copy the others, and write safetensors files

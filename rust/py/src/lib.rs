@@ -22,7 +22,7 @@ mod _core {
     use super::{Bound, PyModuleMethods};
 
     #[pymodule_export]
-    use super::checkpoint::{pack_checkpoint, read_header};
+    use super::checkpoint::{pack_checkpoint, read_header, swap_paths};
     #[pymodule_export]
     use super::cuda::{DeviceWeight, cuda_quantize, cuda_quantize_scratch, cuda_warmup};
     #[pymodule_export]

@@ -348,9 +348,8 @@ def _load_packed(transformers: Any, folder: Path, dtype: torch.dtype, spec: Quan
     reader = TensorReader(source)
     info = inspect(folder)
     for row in info.packed:
-        reader.packed(row.name, row.shape, spec)  # what cannot be taken over is told before the model is built
-    # Copied, so that no parameter depends on the file any longer.
-    kept = {row.name: reader.stored(row.name).clone() for row in info.tensors if row.kind == "kept"}
+        reader.require_packed(row.name)  # what cannot be taken over is told before the model is built
+    kept = {row.name: reader.stored(row.name) for row in info.tensors if row.kind == "kept"}
     with _errors(transformers, folder, None):
         config = transformers.AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
         files = [str(folder / file) for file in source.files]
@@ -359,7 +358,7 @@ def _load_packed(transformers: Any, folder: Path, dtype: torch.dtype, spec: Quan
         cls = _concrete(_model_class(transformers, folder), config)
         model, loading = _build(cls, None, dtype, config=config, state_dict=kept, generation_config=generation)
     _check_whole(folder, model, loading)
-    fill_awaited(model, lambda name, shape, float_dtype: _copied(reader.packed(name, shape, spec, float_dtype)))
+    fill_awaited(model, lambda name, shape, float_dtype: reader.packed(name, shape, spec, float_dtype))
     _name_after(model, str(folder))
     return model.to(device)
 
@@ -377,7 +376,7 @@ def _load_quantizing(transformers: Any, folder: Path, dtype: torch.dtype, spec: 
     source, _ = round_kept(source, choice.packed)
     reader = TensorReader(source)
     awaited = set(choice.packed)
-    kept = {name: reader.stored(name).clone() for name in source.tensors if name not in awaited}
+    kept = {name: reader.stored(name) for name in source.tensors if name not in awaited}
     with _errors(transformers, folder, None):
         config = transformers.AutoConfig.from_pretrained(
             str(config_folder), local_files_only=True, trust_remote_code=False
@@ -398,12 +397,6 @@ def _load_quantizing(transformers: Any, folder: Path, dtype: torch.dtype, spec: 
     fill_awaited(model, packed)
     _name_after(model, str(folder))
     return model.to(device)
-
-
-def _copied(packed: PackedTensor) -> PackedTensor:
-    parts = ("codes", "absmax", "absmax_scale", "absmax_offset")
-    found = {part: getattr(packed, part) for part in parts}
-    return replace(packed, **{part: tensor.clone() for part, tensor in found.items() if tensor is not None})
 
 
 def _name_after(model: Any, path: str) -> None:

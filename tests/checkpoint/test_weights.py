@@ -72,7 +72,7 @@ def test_a_file_that_changed_since_it_was_opened_is_an_error(make_model) -> None
     weight = open_weights(folder)
     path = folder / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-9])
-    with pytest.raises(FormatError, match=rf"model\.safetensors: tensor '{DOWN}' cannot be read"):
+    with pytest.raises(FormatError, match=r"model\.safetensors: the file changed since its header was read"):
         weight(DOWN)
 
 

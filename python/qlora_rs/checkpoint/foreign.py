@@ -73,7 +73,7 @@ class ForeignWeight(ABC):
         """Dequantized rows, [count, in] of `value_dtype`; of a vector, values.
 
         Args:
-            stored: reads a part; views of mapped files cost no memory.
+            stored: reads a part.
             first: the first of the rows, a multiple of `row_step`.
             count: how many; a multiple of it too, or up to the last row.
 
@@ -83,6 +83,7 @@ class ForeignWeight(ABC):
 
     def values(self, stored: ReadStored, first: int = 0, last: int | None = None) -> Tensor:
         """Rows ``first`` (a multiple of `row_step`) to ``last`` (or the end), made in pieces: [last - first, in]."""
+        stored = keeping(stored, {})
         last = self.shape[0] if last is None else last
         end = min(-(-last // self.row_step) * self.row_step, self.shape[0])
         result = torch.empty((end - first, *self.shape[1:]), dtype=self.value_dtype)
@@ -91,6 +92,17 @@ class ForeignWeight(ABC):
             count = min(step, end - start)
             result[start - first : start - first + count] = self.rows(stored, start, count)
         return result[: last - first]
+
+
+def keeping(stored: ReadStored, held: dict[str, Tensor]) -> ReadStored:
+    """Reads each part once, and keeps it in ``held``."""
+
+    def read(tensor: StoredTensor) -> Tensor:
+        if tensor.name not in held:
+            held[tensor.name] = stored(tensor)
+        return held[tensor.name]
+
+    return read
 
 
 @dataclass(frozen=True)

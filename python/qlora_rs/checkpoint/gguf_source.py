@@ -39,25 +39,41 @@ class GgufWeight(ForeignWeight):
     """A tensor of a GGUF file. Matrices and vectors, in blocks or in floats.
 
     Attributes:
-        data: its bytes, mapped: a row of blocks for each row, or floats.
+        path: the file.
+        start: where its bytes begin.
+        stored_dtype: of the numbers that it holds, as numpy calls it; bytes where they are blocks.
+        stored_row: shape of what it holds of a row, or nothing, of a vector.
         decode: from these to float32.
         head_dim: rows of a head, where the file orders them in its own way; else None.
     """
 
-    data: Any
+    path: Path
+    start: int
+    stored_dtype: Any
+    stored_row: tuple[int, ...]
     decode: Callable[[Any], Any]
     head_dim: int | None
 
     def rows(self, stored: ReadStored, first: int, count: int) -> Tensor:
         """Dequantized rows; of a vector its values."""
         if len(self.shape) == 1:
-            values = torch.from_numpy(np.array(self.decode(self.data), dtype=np.float32))[first : first + count]
+            whole = self._read(0, self.stored_bytes // self.stored_dtype.itemsize)
+            values = torch.from_numpy(np.array(self.decode(whole), dtype=np.float32))[first : first + count]
         else:
-            decoded = self.decode(np.array(self.data[first : first + count]))
+            decoded = self.decode(self._read(first, count))
             values = torch.from_numpy(np.ascontiguousarray(decoded, dtype=np.float32))
         if self.head_dim is not None:
             values = from_interleaved(values, count // self.head_dim)
         return values.to(self.value_dtype)
+
+    def _read(self, first: int, count: int) -> Any:
+        """What the file holds of rows; read, not mapped, so that a file that was cut off meanwhile can be told."""
+        items = math.prod(self.stored_row)
+        at = self.start + first * items * self.stored_dtype.itemsize
+        data = np.fromfile(self.path, dtype=self.stored_dtype, count=count * items, offset=at)
+        if data.size != count * items:
+            raise FormatError(f"{self.path}: tensor {self.codes.name!r}: the file changed since its header was read")
+        return data.reshape(count, *self.stored_row)
 
 
 def open_gguf(path: Path) -> Source:
@@ -172,7 +188,10 @@ def _weight(gguf: Any, path: Path, name: str, tensor: Any, head_dim: int | None)
         kind=kind.name if in_floats else kind.name.lower(),
         scheme=scheme,
         row_step=1 if head_dim is None else head_dim,
-        data=tensor.data,
+        path=path,
+        start=int(tensor.data_offset),
+        stored_dtype=tensor.data.dtype,
+        stored_row=tuple(tensor.data.shape[1:]),
         decode=lambda data: gguf.dequantize(data, kind),
         head_dim=head_dim,
     )

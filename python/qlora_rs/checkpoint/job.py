@@ -52,8 +52,12 @@ class Job:
         return f"{self.source.path / row.file}: tensor {row.name!r}"
 
     def packed(self, row: TensorRow) -> PackedTensor:
-        """A packed weight by rows; a view of the files."""
+        """A packed weight."""
         return self.reader.packed(row.name, row.shape, self.spec)
+
+    def require_packed(self, row: TensorRow) -> None:
+        """Raise what `packed` would, as far as that can be told without reading the weight."""
+        self.reader.require_packed(row.name)
 
     def stored(self, name: str) -> Callable[[], Tensor]:
         """Reads a tensor as it is stored."""

@@ -153,8 +153,8 @@ def _clear(path: Path, weight_files: Collection[str]) -> None:
 def _commit(path: Path, destination: Path, overwrite: bool) -> None:
     for folder, _, _ in os.walk(path):
         sync_folder(Path(folder))
-    # NOTE: a kill between any two of these steps leaves either the marker beside a folder that can be resumed (after the
-    # swap that is the old model, of which nothing is kept), or a whole destination.
+    # NOTE: a kill between any two of these steps leaves a whole destination, or the marker beside a folder that can be
+    # resumed (after the swap that is the old model, of which nothing is kept).
     marker = _marker(destination)
     os.replace(path / JOURNAL, marker)
     aside = destination.with_name(f".{destination.name}.replaced-{os.getpid()}")

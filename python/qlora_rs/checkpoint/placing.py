@@ -5,14 +5,16 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterable
 from types import TracebackType
+from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from qlora_rs import _bridge
-from qlora_rs.checkpoint.source import Source
-from qlora_rs.checkpoint.weights import TensorReader, assemble_packed
-from qlora_rs.errors import FormatError
+from qlora_rs.checkpoint.source import Source, StoredTensor
+from qlora_rs.checkpoint.weights import assemble_packed
+from qlora_rs.errors import FormatError, UnsupportedError
 from qlora_rs.packed import PackedTensor
 from qlora_rs.spec import QuantSpec
 
@@ -45,8 +47,8 @@ class DeviceFolder:
     def __init__(self, source: Source, device: torch.device, fetch: Iterable[str] = ()) -> None:
         self._source = source
         self._device = device
-        reader, parts = TensorReader(source), packed_parts(source)
-        self.mapped = {name: reader.stored(name) for name in source.tensors if name not in parts}
+        parts = packed_parts(source)
+        self.mapped = _mapped(source, [tensor for tensor in source.tensors.values() if tensor.name not in parts])
         self._names = {_bridge.span(tensor): name for name, tensor in self.mapped.items() if tensor.nbytes > 0}
         self._fetched: dict[str, Tensor] = {}
         self._failure: BaseException | None = None
@@ -126,6 +128,26 @@ class DeviceFolder:
             load(check)
         except BaseException as error:  # raised by `place`, on the thread that asked
             self._failure = error
+
+
+def _mapped(source: Source, wanted: Iterable[StoredTensor]) -> dict[str, Tensor]:
+    """Views of mapped files, by name. They must stay as they are meanwhile: what is cut off cannot be looked at."""
+    files: dict[str, Any] = {}
+    tensors = {}
+    for tensor in wanted:
+        path = source.path / tensor.file
+        try:
+            if tensor.file not in files:
+                files[tensor.file] = safe_open(path, framework="pt")
+            tensors[tensor.name] = files[tensor.file].get_tensor(tensor.name)
+        except SafetensorError as error:
+            raise FormatError(f"{path}: tensor {tensor.name!r} cannot be read: {error}") from None
+        except (KeyError, AttributeError) as error:
+            raise UnsupportedError(
+                f"{path}: tensor {tensor.name!r} is {tensor.dtype}, which torch {torch.__version__} cannot hold "
+                f"({error})"
+            ) from None
+    return tensors
 
 
 def packed_parts(source: Source) -> set[str]:

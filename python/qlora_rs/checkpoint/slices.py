@@ -1,24 +1,22 @@
-"""Stored tensors read in slices: memory grows with neither files nor tensors, as it does where files are mapped."""
+"""Stored tensors read in slices: memory grows with neither files nor tensors."""
 
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Iterator
 from contextlib import ExitStack
 from functools import cached_property
 from io import FileIO
 from types import TracebackType
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from qlora_rs.checkpoint.flat import FlatWeight, expect_maps, is_flat, read_flat_weights
-from qlora_rs.checkpoint.foreign import ForeignWeight
+from qlora_rs.checkpoint.foreign import ForeignWeight, keeping
 from qlora_rs.checkpoint.inspection import TensorRow
 from qlora_rs.checkpoint.source import Source, find_quantization_config
-from qlora_rs.checkpoint.stored import StoredReader
+from qlora_rs.checkpoint.stored import FilePlaces, StoredReader
 from qlora_rs.errors import FormatError
 from qlora_rs.packed import NESTED_BLOCK_SIZE, PackedTensor
 from qlora_rs.quantization import dequantize
@@ -42,14 +40,9 @@ class SliceReader:
         self.source = source
         self._open = ExitStack()
         self._files: dict[str, tuple[FileIO, int]] = {}
-        self._starts: dict[str, int] = {}
-        self._ends: dict[str, int] = {}
-        original = source.original or source
-        self._stored = StoredReader(original)
-        # NOTE: a header that `read_header` accepts lists tensors that cover the data without gaps, in their order.
-        for name, tensor in original.tensors.items():
-            self._starts[name] = self._ends.get(tensor.file, 0)
-            self._ends[tensor.file] = self._starts[name] + tensor.nbytes
+        self._places = FilePlaces(source)
+        self._stored = StoredReader(source)
+        self._held: tuple[str, dict[str, Tensor]] = ("", {})
 
     def __enter__(self) -> SliceReader:
         """Itself."""
@@ -69,17 +62,10 @@ class SliceReader:
         if foreign is not None:
             return self._foreign(foreign, start, count)
         tensor = self.source.tensors[name]
-        content = torch.empty(count, dtype=torch.uint8)
-        file, data_start = self._file(tensor.file)
-        file.seek(data_start + self._starts[name] + start)
-        view: Any = content.numpy()
-        done = 0
-        while done < count:
-            got = file.readinto(view[done:])
-            if not got:
-                raise self._changed(tensor.file)
-            done += got
-        return content
+        if tensor.file not in self._files:
+            self._files[tensor.file] = self._places.open(tensor.file)
+            self._open.enter_context(self._files[tensor.file][0])
+        return self._places.read(self._files[tensor.file], tensor, start, count)
 
     @cached_property
     def flat(self) -> dict[str, FlatWeight]:
@@ -103,22 +89,12 @@ class SliceReader:
         row_bytes = weight.row_elements * weight.value_dtype.itemsize
         above = start // row_bytes // weight.row_step * weight.row_step
         below = -(-(start + count) // row_bytes)
-        content = weight.values(self._stored.read, above, below).reshape(-1).view(torch.uint8)
+        if self._held[0] != weight.name:  # the next slice is mostly of the same weight
+            self._held = weight.name, {}
+        stored = keeping(self._stored.read, self._held[1])
+        content = weight.values(stored, above, below).reshape(-1).view(torch.uint8)
         skipped = start - above * row_bytes
         return content[skipped : skipped + count]
-
-    def _file(self, name: str) -> tuple[FileIO, int]:
-        """The opened file, and where its data begins: behind the header and its length."""
-        if name not in self._files:
-            file = self._open.enter_context(FileIO(self.source.path / name))
-            data_start = 8 + int.from_bytes(file.read(8), "little")
-            if os.fstat(file.fileno()).st_size != data_start + self._ends[name]:
-                raise self._changed(name)
-            self._files[name] = file, data_start
-        return self._files[name]
-
-    def _changed(self, file: str) -> FormatError:
-        return FormatError(f"{self.source.path / file}: the file changed since its header was read")
 
 
 def byte_ranges(total: int) -> Iterator[tuple[int, int]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -17,7 +18,11 @@ from qlora_rs.checkpoint.shards import PlannedTensor, plan_shards
 from qlora_rs.checkpoint.source import unquantized_config
 from qlora_rs.checkpoint.writing import ModelPlan
 from qlora_rs.errors import UnsupportedError
+from qlora_rs.packed import PackedShapes
 from qlora_rs.selection import HEADS
+
+# The end of the name of the part that says what a weight is.
+STATE_OF = {quant_type: f"{flat.STATE}bitsandbytes__{quant_type}" for quant_type in flat.QUANT_TYPES}
 
 
 def plan_bitsandbytes(job: Job, notes: list[str]) -> ModelPlan:
@@ -51,6 +56,8 @@ def _plan_flat(job: Job, notes: list[str]) -> ModelPlan:
     if dtype is None:
         dtype = "bfloat16"
         notes.append(f"config.json tells no float type: {dtype} is written as the one that was quantized")
+    # Of bytes; the others are float32.
+    codes = {"", STATE_OF[spec.quant_type], *([".absmax"] if spec.double_quant else [])}
     planned: list[PlannedTensor] = []
     parts: dict[str, Callable[[], Tensor]] = {}
     for row in job.info.tensors:
@@ -58,10 +65,11 @@ def _plan_flat(job: Job, notes: list[str]) -> ModelPlan:
             planned.append(PlannedTensor(row.name, row.dtype, row.shape, row.bytes))
             parts[row.name] = job.stored(row.name)
             continue
-        for part, tensor in _flat_parts(job, row, dtype).items():
-            stored = "U8" if tensor.dtype == torch.uint8 else "F32"
-            planned.append(PlannedTensor(row.name + part, stored, tuple(tensor.shape), tensor.nbytes))
-            parts[row.name + part] = partial(_itself, tensor)
+        for part, shape, read in _flat_parts(job, row, dtype):
+            stored = "U8" if part in codes else "F32"
+            size = math.prod(shape) * (1 if stored == "U8" else 4)
+            planned.append(PlannedTensor(row.name + part, stored, shape, size))
+            parts[row.name + part] = read
     planned.sort(key=lambda tensor: tensor.name)
     shards = plan_shards(planned, job.max_shard_size)
     config = _flat_config(job, dtype)
@@ -69,35 +77,40 @@ def _plan_flat(job: Job, notes: list[str]) -> ModelPlan:
     return ModelPlan(shards, lambda name: parts[name](), job.read_bytes(), config, index_metadata=total)
 
 
-def _flat_parts(job: Job, row: TensorRow, dtype: str) -> dict[str, Tensor]:
-    """The parts of a weight by the end of their names; views of the files, or small."""
-    reason = None if row.flat else flat.unaligned(row.shape, job.spec)
-    packed = job.packed(row)
+def _flat_parts(job: Job, row: TensorRow, dtype: str) -> list[tuple[str, tuple[int, ...], Callable[[], Tensor]]]:
+    """The parts of a weight: the end of their names, their shapes, and what reads or makes them."""
+    spec = job.spec
+    reason = None if row.flat else flat.unaligned(row.shape, spec)
     offset = None
-    if packed.absmax_offset is not None:
-        bits = packed.absmax_offset.view(torch.int32)
-        offset = float(packed.absmax_offset[0])
+    if spec.double_quant:
+        bits = job.reader.stored(f"{row.name}_absmax_offset")
+        offset = float(bits.view(torch.float32)[0])
         if reason is None and not torch.equal(bits, bits[:1].expand_as(bits)):
             reason = "its experts have scales of their own, of which bitsandbytes holds one set for all"
     if reason is not None:
         raise UnsupportedError(
             f"{job.where(row)}: {reason}; bitsandbytes' format cannot hold the same bytes (`--to bf16` dequantizes)"
         )
-    parts = {
-        "": packed.codes.reshape(-1, 1),
-        ".absmax": packed.absmax.reshape(-1),
-        ".quant_map": flat.code_values(job.spec),
-    }
-    if packed.absmax_scale is not None:
-        parts[".nested_absmax"] = packed.absmax_scale.reshape(-1)
-        parts[".nested_quant_map"] = flat.scale_values()
-    state = flat.render_state(job.spec, dtype, row.shape, offset)
-    name = f"{flat.STATE}bitsandbytes__{job.spec.quant_type}"
-    return {**parts, name: torch.tensor(list(state), dtype=torch.uint8)}
+    shapes = PackedShapes.of(row.shape, spec, flat=row.flat)
+    state = torch.tensor(list(flat.render_state(spec, dtype, row.shape, offset)), dtype=torch.uint8)
+    codes, blocks = (math.prod(shape) for shape in (shapes.codes, shapes.absmax))
+    parts: list[tuple[str, tuple[int, ...], Callable[[], Tensor]]] = [
+        ("", (codes, 1), lambda: job.packed(row).codes.reshape(-1, 1)),
+        (".absmax", (blocks,), lambda: job.packed(row).absmax.reshape(-1)),
+        (".quant_map", (16,), partial(flat.code_values, spec)),
+        (STATE_OF[spec.quant_type], (state.numel(),), lambda: state),
+    ]
+    if spec.double_quant:
+        groups = math.prod(shapes.absmax_scale)
+        parts.append((".nested_absmax", (groups,), partial(_group_scales, job, row)))
+        parts.append((".nested_quant_map", (256,), flat.scale_values))
+    return parts
 
 
-def _itself(tensor: Tensor) -> Tensor:
-    return tensor
+def _group_scales(job: Job, row: TensorRow) -> Tensor:
+    scale = job.packed(row).absmax_scale
+    assert scale is not None
+    return scale.reshape(-1)
 
 
 def _flat_config(job: Job, dtype: str) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from qlora_rs.checkpoint.compressed_tensors import FORMAT, METHOD
-from qlora_rs.checkpoint.foreign import PIECE_ELEMENTS
+from qlora_rs.checkpoint.foreign import PIECE_ELEMENTS, keeping
 from qlora_rs.checkpoint.grouped import GroupedWeight
 from qlora_rs.checkpoint.inspection import TensorRow
 from qlora_rs.checkpoint.job import Job
@@ -218,7 +218,7 @@ class _Packer:
             or weight.value_dtype != self.dtype
         ):
             return None
-        stored = StoredReader(self.job.source.original or self.job.source).read
+        stored = keeping(StoredReader(self.job.source).read, {})
         if weight.group_indices(stored) is not None:
             return None
         words, scales = [], []

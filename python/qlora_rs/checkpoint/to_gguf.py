@@ -7,7 +7,7 @@ import math
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from qlora_rs.checkpoint.gguf_tokenizer import add_tokenizer
 from qlora_rs.checkpoint.inspection import TensorRow
 from qlora_rs.checkpoint.job import Job
 from qlora_rs.checkpoint.plain import cast
-from qlora_rs.checkpoint.slices import SLICE_ELEMENTS, element_ranges, sliced_rows
+from qlora_rs.checkpoint.slices import SLICE_ELEMENTS, SliceReader, element_ranges, kept_values, sliced_rows
 from qlora_rs.checkpoint.source import CONFIG
 from qlora_rs.errors import FormatError, UnsupportedError
 from qlora_rs.packed import PackedTensor
@@ -275,10 +275,15 @@ def _pieces(job: Job, planned: PlannedRow) -> Iterator[Tensor]:
             except ValueError as error:
                 raise FormatError(f"{job.where(row)}: {error}") from None
         return
-    stored = job.values(row, torch.float32) if row.kind == "packed" else job.reader.stored(row.name)
-    step = max(1, SLICE_ELEMENTS // max(1, row.shape[-1]))
-    for rows in stored.split(step):
-        yield rows.float()
+    if row.kind == "packed" and job.stored_spec is not None:
+        step = max(1, SLICE_ELEMENTS // max(1, row.shape[-1]))
+        yield from job.values(row, torch.float32).split(step)
+        return
+    seen = job.source.tensors[row.name]
+    floats = replace(row, dtype=seen.dtype)
+    with SliceReader(job.source) as reader:
+        for first, count in element_ranges(row.shape, whole_rows=True):
+            yield kept_values(reader, floats, first, count).view(-1, *row.shape[1:]).float()
 
 
 def _by_rows(job: Job, row: TensorRow) -> PackedTensor | None:

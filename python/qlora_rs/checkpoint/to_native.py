@@ -52,7 +52,7 @@ def plan_native(
             together.append([PlannedTensor(row.name, row.dtype, row.shape, row.bytes)])
             continue
         if not job.is_made:
-            job.packed(row)  # everything that could be refused is refused before anything is written
+            job.require_packed(row)  # everything that could be refused is refused before anything is written
         group = []
         shapes = PackedShapes.of(row.shape, job.spec, flat=row.flat)
         sizes = (shapes.codes, shapes.absmax, shapes.absmax_scale, shapes.absmax_offset)

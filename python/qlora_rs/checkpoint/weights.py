@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Collection
+from dataclasses import replace
 from functools import cache, cached_property, partial
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from qlora_rs.checkpoint.choice import FLOAT_DTYPES, expert_aliases
 from qlora_rs.checkpoint.dequantized import open_float_source
-from qlora_rs.checkpoint.flat import FlatWeight, flat_packed, read_flat_weights, shaped_packed, shapeless
+from qlora_rs.checkpoint.flat import FlatWeight, expect_maps, flat_packed, read_flat_weights, shaped_packed, shapeless
 from qlora_rs.checkpoint.source import Source
 from qlora_rs.checkpoint.stored import StoredReader
 from qlora_rs.errors import FormatError
@@ -23,11 +24,12 @@ from qlora_rs.spec import QuantSpec
 
 
 class TensorReader:
-    """Reads tensors of an opened folder, one at a time; its files stay mapped as `StoredReader` says."""
+    """Reads tensors of an opened folder, one at a time; it keeps the last packed one, whose parts come in turn."""
 
     def __init__(self, source: Source) -> None:
         self.source = source
         self._stored = StoredReader(source)
+        self._last: tuple[str, PackedTensor] | None = None
 
     def stored(self, name: str) -> Tensor:
         """The tensor as its file holds it; one that another library quantized, dequantized.
@@ -50,9 +52,21 @@ class TensorReader:
             UnsupportedError: the file is bitsandbytes', and does not tell the weight's shape, or its codes mean other
                 values than here.
         """
-        if f"{name}_absmax" in self.source.tensors:
-            return assemble_packed(self.stored, name, shape, spec, dtype)
-        return shaped_packed(self.source, self.flat[name], self.stored, dtype)
+        if self._last is None or self._last[0] != name:
+            self._last = None  # before the next is read
+            if f"{name}_absmax" in self.source.tensors:
+                found = assemble_packed(self.stored, name, shape, spec, dtype)
+            else:
+                found = shaped_packed(self.source, self.flat[name], self.stored, dtype)
+            self._last = name, found
+        return replace(self._last[1], dtype=dtype)
+
+    def require_packed(self, name: str) -> None:
+        """Raise what `packed` would, of a weight whose parts `inspect` has checked; little is read."""
+        if f"{name}_absmax" not in self.source.tensors:
+            if self.flat[name].shape is None:
+                raise shapeless(self.source, self.flat[name])
+            expect_maps(self.source, self.flat[name], self.stored)
 
     def dequantized(
         self, name: str, shape: tuple[int, ...], spec: QuantSpec, dtype: torch.dtype = torch.float32

@@ -72,3 +72,12 @@ def test_help_to_a_reader_that_is_gone_is_the_systems_failure_and_silent():
     finally:
         os.close(writer)
     assert (run.returncode, run.stderr) == (3, "")
+
+
+@pytest.mark.parametrize(("given", "expected"), [(None, "passive"), ("active", "active")])
+def test_torch_is_imported_with_idle_threads_that_sleep_unless_told_otherwise(with_torch, monkeypatch, given, expected):
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    if given is not None:
+        monkeypatch.setenv("OMP_WAIT_POLICY", given)
+    code = "import os, sys; print(os.environ['OMP_WAIT_POLICY'], file=sys.stderr); os._exit(0)"
+    assert with_torch(code, "doctor").stderr.split() == [expected]

@@ -5,6 +5,7 @@ What takes long to import is imported by the commands, where the guard answers C
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import NoReturn
 
@@ -20,6 +21,9 @@ class DifferenceFound(SystemExit):
 
 def main() -> NoReturn:
     """Run the command that ``sys.argv`` asks for, and exit with its code."""
+    # Read once, when torch is imported. Its threads would go on spinning after each operator, and keep the cores from
+    # ours: on two of them products with packed weights take nearly twice as long (benchmarks/README.md).
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     try:
         from qlora_rs.cli.app import app
 

@@ -63,6 +63,7 @@ def examine() -> dict[str, Any]:
         "simd_level": _core.simd_level(),
         "QLORA_RS_SIMD": os.environ.get("QLORA_RS_SIMD"),
         "torch_threads": torch.get_num_threads(),
+        "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY"),
         "cuda": _core.driver_probe(),
         "self_check": {"ok": all(result == "ok" for result in checks.values()), "checks": checks},
     }
@@ -144,6 +145,8 @@ def _print_findings(findings: dict[str, Any]) -> None:
     available = findings["memory_available_bytes"]
     free = "" if available is None else f", {format_bytes(available)} available"
     say("cores", f"{findings['cores']} usable; torch computes with {findings['torch_threads']} threads")
+    hint = "set it before torch is imported in programs of yours too, or they compute slower on a CPU"
+    say("idle threads", f"OMP_WAIT_POLICY={findings['OMP_WAIT_POLICY']} ({hint})")
     say("memory", f"{format_bytes(findings['memory_bytes'])}{free}")
     asked = findings["QLORA_RS_SIMD"]
     say("instructions", findings["simd_level"] + (f" (QLORA_RS_SIMD={asked})" if asked else ""))

@@ -53,11 +53,12 @@ unsafe impl Sync for Piece {}
 impl Pinned {
     /// Addresses for so many bytes.
     pub(super) fn reserve(device: &'static Device, bytes: usize) -> Result<Self, CudaError> {
-        let refused = |reason: String| CudaError::HostMemory { wish: bytes, pinned: pinned(), reason };
+        let refused = |reason: String| refusal(bytes, reason);
         let mapped = bytes
             .checked_add(HUGE_PAGE)
             .filter(|&bytes| isize::try_from(bytes).is_ok())
             .ok_or_else(|| refused("no address space has so many".into()))?;
+        enough_memory(bytes)?;
         let access = ProtFlags::READ | ProtFlags::WRITE;
         let flags = MapFlags::PRIVATE | MapFlags::NORESERVE;
         // SAFETY: a new mapping wherever the system likes.
@@ -100,10 +101,8 @@ impl HostMemory for Pinned {
 
     fn prepare(&self, range: Range<usize>) -> Result<(), CudaError> {
         assert!(range.start < range.end && range.end <= self.0.bytes, "the pool keeps to its pieces");
-        let refused = |reason: String| CudaError::HostMemory { wish: range.len(), pinned: pinned(), reason };
-        if let Some(left) = memory_left().filter(|&left| range.len() > left.saturating_sub(MARGIN)) {
-            return Err(refused(format!("{left} bytes are available")));
-        }
+        // Others may have taken memory since it was reserved; touching more than there is ends processes.
+        enough_memory(range.len())?;
         touch(self.address(range.start).cast(), range.len());
         let _entered = self.0.device.enter()?;
         let _relaxed = Relaxed::enter()?;
@@ -111,7 +110,7 @@ impl HostMemory for Pinned {
         let outcome = unsafe {
             sys::cuMemHostRegister_v2(self.address(range.start), range.len(), sys::CU_MEMHOSTREGISTER_PORTABLE)
         };
-        outcome.result().map_err(|source| refused(failed("cuMemHostRegister")(source).to_string()))?;
+        outcome.result().map_err(|source| refusal(range.len(), failed("cuMemHostRegister")(source).to_string()))?;
         PINNED.fetch_add(range.len(), Ordering::Relaxed);
         let mut registered = self.0.registered.lock().unwrap_or_else(PoisonError::into_inner);
         let index = registered.partition_point(|known| known.start < range.start);
@@ -120,8 +119,15 @@ impl HostMemory for Pinned {
     }
 }
 
-fn pinned() -> usize {
-    PINNED.load(Ordering::Relaxed)
+fn refusal(wish: usize, reason: String) -> CudaError {
+    CudaError::HostMemory { wish, pinned: PINNED.load(Ordering::Relaxed), reason }
+}
+
+fn enough_memory(wish: usize) -> Result<(), CudaError> {
+    match memory_left() {
+        Some(left) if wish > left.saturating_sub(MARGIN) => Err(refusal(wish, format!("{left} bytes are available"))),
+        _ => Ok(()),
+    }
 }
 
 impl Drop for Piece {

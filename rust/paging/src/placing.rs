@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use crate::backend::{Backend, Lane};
-use crate::buffer::{BufferId, runs};
+use crate::buffer::{Buffer, BufferId, runs};
 use crate::error::PagingError;
 use crate::frames::{End, Frame, Guard, Price, cheapest};
 use crate::pool::{Pool, Until};
@@ -23,6 +23,9 @@ pub(crate) enum Rule<'a> {
     /// before it.
     Wish(&'a [BufferId]),
 }
+
+/// A buffer in frames, and in how many uses it is used next where it may be pushed out.
+type Seen<'a, B> = (BufferId, &'a Buffer<<B as Backend>::Stream, <B as Backend>::Event>, Option<usize>);
 
 impl Rule<'_> {
     fn is_urgent(self) -> bool {
@@ -72,8 +75,7 @@ impl<B: Backend> Pool<B> {
     fn choose(&self, id: BufferId, rule: Rule<'_>) -> Option<usize> {
         let buffer = self.buffers.get(&id)?;
         let pages = buffer.pages.len();
-        let largest = self.buffers.values().map(|other| other.pages.len()).max()?;
-        let end = if 2 * pages > largest { End::Low } else { End::High };
+        let end = if 2 * pages > self.largest() { End::Low } else { End::High };
         let prices = self.prices(id, rule);
         let key = |price: Price| (price.weight, price.dirty, price.evicted);
         let anywhere = cheapest(&prices, pages, end, key);
@@ -93,27 +95,38 @@ impl<B: Backend> Pool<B> {
     /// Of each frame, for a buffer that is to be placed.
     pub(crate) fn prices(&self, id: BufferId, rule: Rule<'_>) -> Vec<Option<Price>> {
         let own_use = self.trace.next_use(id);
-        let mut last: Option<(BufferId, Option<usize>)> = None;
+        // The frames of one buffer mostly lie in a row.
+        let mut last: Option<Seen<'_, B>> = None;
         let mut price = |frame: &Frame<B::Event>| match *frame {
             Frame::Withheld(_) => None,
             Frame::Free(_) => Some(Price::default()),
             Frame::Owned(owner, _) if owner == id => Some(Price::default()),
             Frame::Owned(owner, page) => {
-                let next_use = match last {
-                    Some((same, known)) if same == owner => known,
-                    _ => self.movable(owner, rule, own_use),
+                let (_, buffer, next_use) = match last {
+                    Some(known) if known.0 == owner => known,
+                    _ => {
+                        let buffer = self.buffers.get(&owner)?;
+                        (owner, buffer, self.movable(owner, buffer, rule, own_use))
+                    }
                 };
-                last = Some((owner, next_use));
-                let dirty = self.buffers.get(&owner).is_some_and(|buffer| buffer.pages[page].dirty);
-                next_use.map(|next_use| Price::of_page(next_use, dirty))
+                last = Some((owner, buffer, next_use));
+                next_use.map(|next_use| Price::of_page(next_use, buffer.pages[page].dirty))
             }
         };
         self.frames.iter().map(&mut price).collect()
     }
 
     /// In how many uses a buffer that may be pushed out is used next; `None` where it may not.
-    fn movable(&self, id: BufferId, rule: Rule<'_>, own_use: Option<usize>) -> Option<usize> {
-        let buffer = self.buffers.get(&id).filter(|buffer| !buffer.is_held())?;
+    fn movable(
+        &self,
+        id: BufferId,
+        buffer: &Buffer<B::Stream, B::Event>,
+        rule: Rule<'_>,
+        own_use: Option<usize>,
+    ) -> Option<usize> {
+        if buffer.is_held() {
+            return None;
+        }
         let next_use = self.next_use(id, buffer.last_use);
         // What was used last may be used on: the order does not tell how often in a row.
         let current = self.trace.last() == Some(id);

@@ -44,6 +44,8 @@ pub struct Pool<B: Backend> {
     policy: Policy,
     pub(crate) buffers: BTreeMap<BufferId, Buffer<B::Stream, B::Event>>,
     next_id: u64,
+    /// How many buffers there are of each number of pages.
+    sizes: BTreeMap<usize, usize>,
     pub(crate) frames: Vec<Frame<B::Event>>,
     /// Which frames hold memory.
     pub(crate) committed: Vec<bool>,
@@ -81,6 +83,7 @@ impl<B: Backend> Pool<B> {
             policy,
             buffers: BTreeMap::new(),
             next_id: 0,
+            sizes: BTreeMap::new(),
             arena: Arena::default(),
             trace: Trace::default(),
             clock: 0,
@@ -120,7 +123,13 @@ impl<B: Backend> Pool<B> {
             last_use: 0,
         };
         self.buffers.insert(id, buffer);
+        *self.sizes.entry(pages).or_default() += 1;
         Ok(id)
+    }
+
+    /// Pages of the largest buffer.
+    pub(crate) fn largest(&self) -> usize {
+        self.sizes.last_key_value().map_or(0, |(&pages, _)| pages)
     }
 
     /// How many pages a buffer of so many bytes takes; an error where it cannot be.
@@ -287,10 +296,9 @@ impl<B: Backend> Pool<B> {
     /// Fetch along the learned order.
     fn look_ahead(&mut self) -> Outcome<(), B> {
         let Some(period) = self.trace.period() else { return Ok(()) };
-        let largest = self.buffers.values().map(|buffer| buffer.pages.len()).max().unwrap_or_default();
         // One buffer comes while the other is used, or small ones of the same size together. More would only take room
         // from those that could stay.
-        let most = (2 * largest).min(self.frames.len() / 2);
+        let most = (2 * self.largest()).min(self.frames.len() / 2);
         let mut pages = 0;
         for ahead in 1..=period {
             let Some(id) = self.trace.predicted(ahead) else { break };
@@ -331,6 +339,12 @@ impl<B: Backend> Pool<B> {
         self.trace.forget(id);
         if let Some(buffer) = self.buffers.remove(&id) {
             self.arena.give(buffer.home, buffer.bytes);
+            if let Some(count) = self.sizes.get_mut(&buffer.pages.len()) {
+                *count -= 1;
+                if *count == 0 {
+                    self.sizes.remove(&buffer.pages.len());
+                }
+            }
             self.homes_freed = true;
         }
         Ok(())

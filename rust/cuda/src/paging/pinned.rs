@@ -1,4 +1,4 @@
-//! Pinned host memory. Pages that many threads have touched and the driver then registers are ready some eight times sooner
+//! Pinned host memory. Pages that many threads have touched and the driver then registers are ready about ten times sooner
 //! than those that the driver allocates (`benchmarks/device_paging.py`); huge pages double that.
 
 use std::ffi::{c_ulong, c_void};

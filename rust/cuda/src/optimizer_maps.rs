@@ -63,7 +63,7 @@ mod tests {
     /// Cells that values of [-1, 1] are in.
     const CELLS: usize = ((0x3f80_0000 >> CELL_SHIFT) - FIRST_CELL + 1) as usize;
 
-    /// `nearest_code` of optimizer_block.cuh.
+    /// `nearest_code` of `optimizer_block.cuh`.
     fn nearest_code(x: f32, signed: bool) -> u8 {
         let maps = StateMaps::get();
         let size = if signed { x.abs() } else { x }.max(edge(0));
@@ -95,7 +95,7 @@ mod tests {
         }
     }
 
-    /// `divide` of optimizer_rules.cuh.
+    /// `divide` of `optimizer_rules.cuh`.
     fn divide(x: f32, divisor: f32) -> f32 {
         let reciprocal = 1.0 / divisor;
         let round = |quotient: f32| (-divisor).mul_add(quotient, x).mul_add(reciprocal, quotient);

@@ -63,7 +63,6 @@ def test_json_is_one_document(command, tmp_path, to):
         (["nowhere", "out", "--to", "bf16"], "no such model folder"),
         (["{packed}/model.safetensors", "out", "--to", "bf16"], "not a model folder"),
         (["{golden}/source", "out", "--to", "bf16"], "is not packed"),
-        (["{golden}/nf4-crossing", "out", "--to", "native"], "rows of 130 elements"),
     ],
 )
 def test_wrong_use_is_exit_code_2_and_makes_nothing(command, packed, tmp_path, monkeypatch, arguments, message):

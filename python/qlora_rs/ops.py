@@ -31,6 +31,9 @@ _library.define(
 _library.define(f"dequantize({_PACKED}, {_SPEC}, ScalarType dtype) -> Tensor")
 _library.define(f"linear(Tensor x, {_PACKED}, {_SPEC}, Tensor? bias) -> Tensor")
 _library.define(f"linear_backward(Tensor grad, {_PACKED}, {_SPEC}) -> Tensor")
+_FLAT = _PACKED.replace("SymInt columns", "SymInt rows, SymInt columns")
+_library.define(f"flat_linear(Tensor x, {_FLAT}, {_SPEC}, Tensor? bias) -> Tensor")
+_library.define(f"flat_linear_backward(Tensor grad, {_FLAT}, {_SPEC}) -> Tensor")
 
 
 @lru_cache(maxsize=256)
@@ -297,15 +300,80 @@ torch.library.register_autograd(
 )
 
 
-def _register_autocast(device: str, key: str) -> None:
-    @torch.library.impl(_library, "linear", key)
-    def _linear_autocast(x: Tensor, *packed_and_bias: Any) -> Tensor:
+# flat_linear: the same over a W that is packed as one row of all its elements, as bitsandbytes has it
+
+
+@torch.library.register_fake("qlora_rs::flat_linear", lib=_library)
+def _(x: Tensor, codes: Tensor, absmax: Tensor, scale: Tensor | None, offset: Tensor | None, *rest: Any) -> Tensor:
+    rows, columns = rest[:2]
+    torch._check(x.shape[-1] == columns, lambda: _mismatch("x", "in_features", x, columns))
+    return x.new_empty((*x.shape[:-1], rows))
+
+
+@_kernel("flat_linear")
+def _flat_linear(x: Tensor, *packed_and_bias: Any) -> Tensor:
+    *packed, bias = packed_and_bias
+    _expect_width("x", "in_features", x, packed[5])
+    weight = _flat_weight(packed, x)
+    # Contiguous, so that a strided x has the bits of its copy.
+    return torch.nn.functional.linear(x.contiguous(), weight, None if bias is None else bias.to(x.dtype))
+
+
+@torch.library.register_fake("qlora_rs::flat_linear_backward", lib=_library)
+def _(grad: Tensor, *packed: Any) -> Tensor:
+    return grad.new_empty((*grad.shape[:-1], packed[5]))
+
+
+@_kernel("flat_linear_backward")
+def _flat_linear_backward(grad: Tensor, *packed: Any) -> Tensor:
+    return grad.contiguous() @ _flat_weight(packed, grad)
+
+
+def _flat_weight(packed: Sequence[Any], x: Tensor) -> Tensor:
+    """The weight (rows, columns) in the type of x: no kernel multiplies with it as it is."""
+    *parts, rows, columns, quant_type, block_size, codebook = packed
+    if x.device != parts[0].device:
+        raise ValueError(f"x is on {x.device}, the weight is on {parts[0].device}: move one of them")
+    row: Tensor = _dequantize(*parts, rows * columns, quant_type, block_size, codebook, dtype=x.dtype)
+    return row.view(rows, columns)
+
+
+def _flat_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    *inputs_, bias = inputs
+    _save_packed(ctx, tuple(inputs_))
+    ctx.bias_dtype = None if bias is None else bias.dtype
+
+
+def _flat_grad(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    grad_x = grad_bias = None
+    if ctx.needs_input_grad[0]:
+        grad_x = torch.ops.qlora_rs.flat_linear_backward(grad, *ctx.saved_tensors, *ctx.rest)
+    if ctx.needs_input_grad[10]:
+        grad_bias = grad.sum_to_size(grad.shape[-1:]).to(ctx.bias_dtype)
+    return grad_x, *([None] * 9), grad_bias
+
+
+def _flat_backward_grad(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    grad_grad = torch.ops.qlora_rs.flat_linear(grad, *ctx.saved_tensors, *ctx.rest, None)
+    return grad_grad, *([None] * 9)
+
+
+torch.library.register_autograd("qlora_rs::flat_linear", _flat_grad, setup_context=_flat_setup, lib=_library)
+torch.library.register_autograd(
+    "qlora_rs::flat_linear_backward", _flat_backward_grad, setup_context=_linear_backward_setup, lib=_library
+)
+
+
+def _register_autocast(name: str, device: str, key: str) -> None:
+    @torch.library.impl(_library, name, key)
+    def _autocast(x: Tensor, *packed_and_bias: Any) -> Tensor:
         if x.is_floating_point() and x.dtype != torch.float64:
             x = x.to(torch.get_autocast_dtype(device))
         with torch.autocast(device, enabled=False):
-            y: Tensor = torch.ops.qlora_rs.linear(x, *packed_and_bias)
+            y: Tensor = getattr(torch.ops.qlora_rs, name)(x, *packed_and_bias)
         return y
 
 
-_register_autocast("cpu", "AutocastCPU")
-_register_autocast("cuda", "AutocastCUDA")
+for _name in ("linear", "flat_linear"):
+    _register_autocast(_name, "cpu", "AutocastCPU")
+    _register_autocast(_name, "cuda", "AutocastCUDA")

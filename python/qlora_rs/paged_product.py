@@ -205,7 +205,7 @@ class PagedProduct:
         here = self._acquire()
         try:
             if self._flat is not None:
-                return self._flat.product(x, here.parts, bias)
+                return self._flat(x, here.parts, bias)
             if here.weight is not None and direct.applies(x):
                 return ops.device_linear(x, here.weight, bias)
             y: Tensor = torch.ops.qlora_rs.linear(x, *here.parts, *self._format(), bias)

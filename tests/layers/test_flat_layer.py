@@ -86,6 +86,7 @@ def test_autocast_computes_in_its_type() -> None:
     assert x.grad.dtype == torch.float32
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")  # the compiler's own import
 def test_compiles_to_one_graph() -> None:
     layer = flat_layer(QuantSpec())
     x = torch.randn(3, IN, requires_grad=True)
@@ -95,6 +96,19 @@ def test_compiles_to_one_graph() -> None:
     (grad,) = torch.autograd.grad(y.sum(), x)
     (expected_grad,) = torch.autograd.grad(expected.sum(), x)
     assert torch.equal(grad, expected_grad)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # opcheck looks at copies of its inputs
+@pytest.mark.parametrize("spec", SPECS, ids=QuantSpec.describe)
+def test_the_operators_keep_what_torch_asks_of_them(spec) -> None:
+    layer = flat_layer(spec)
+    codebook = None if spec.codebook is None else list(spec.codebook)
+    described = (*layer.parts(), OUT, IN, spec.quant_type, spec.block_size, codebook)
+    x = torch.randn(3, IN, requires_grad=True)
+    torch.library.opcheck(torch.ops.qlora_rs.flat_linear, (x, *described, layer.bias))
+    torch.library.opcheck(
+        torch.ops.qlora_rs.flat_linear_backward, (torch.randn(3, OUT, requires_grad=True), *described)
+    )
 
 
 def test_state_dicts_copies_and_pickles_keep_it() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -189,11 +190,10 @@ def test_ctrl_c_while_the_model_is_loaded_ends_without_a_trace(run, tmp_path, mo
     assert not (tmp_path / "adapter").exists()
 
 
-def test_a_real_ctrl_c_saves_and_resume_gives_the_same_bits(run, tmp_path, losses):
-    settings = ("--epochs", "6", "--batch-size", "2", "--lora-dropout", "0.1", "--lr", "0.01", "--r", "4")
-    files = ("--model", "model", "--data", "chats.jsonl", "--output", "stopped")
+def stopped_by(number: signal.Signals, tmp_path: Path, line_start: str, *arguments: str) -> tuple[int, str, str]:
+    """A process of its own that gets a signal once a line on stderr begins so; exit code, stdout and stderr."""
     process = subprocess.Popen(
-        [sys.executable, "-c", "from qlora_rs.cli import main; main()", "train", *files, *settings],
+        [sys.executable, "-c", "from qlora_rs.cli import main; main()", "train", *arguments],
         cwd=tmp_path,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
@@ -202,16 +202,23 @@ def test_a_real_ctrl_c_saves_and_resume_gives_the_same_bits(run, tmp_path, losse
     )
     seen = ""
     try:
+        assert process.stderr is not None
         for line in process.stderr:
             seen += line
-            if line.startswith("step  6/72"):
-                process.send_signal(signal.SIGINT)
+            if line.startswith(line_start):
+                process.send_signal(number)
                 break
         out, err = process.communicate(timeout=60)
     finally:
         process.kill()
-    assert process.returncode == 130, seen + err
-    assert out == ""
+    return process.returncode, out, seen + err
+
+
+def test_a_real_ctrl_c_saves_and_resume_gives_the_same_bits(run, tmp_path, losses):
+    settings = ("--epochs", "6", "--batch-size", "2", "--lora-dropout", "0.1", "--lr", "0.01", "--r", "4")
+    files = ("--model", "model", "--data", "chats.jsonl", "--output", "stopped")
+    code, out, err = stopped_by(signal.SIGINT, tmp_path, "step  6/72", *files, *settings)
+    assert (code, out) == (130, ""), err
     assert "Traceback" not in err
     assert "of 72, which is saved in stopped: the same command with --resume goes on" in " ".join(err.split())
     done = len(losses(tmp_path / "stopped"))
@@ -222,3 +229,25 @@ def test_a_real_ctrl_c_saves_and_resume_gives_the_same_bits(run, tmp_path, losse
     assert losses(tmp_path / "stopped") == losses(tmp_path / "adapter")
     name = "adapter_model.safetensors"
     assert (tmp_path / "stopped" / name).read_bytes() == (tmp_path / "adapter" / name).read_bytes()
+
+
+def test_a_killed_run_with_paged_weights_and_state_goes_on_with_the_same_bits(run, make_tiny_llama, tmp_path, losses):
+    qlora_rs.checkpoint.quantize(make_tiny_llama(tmp_path / "float", num_hidden_layers=5), tmp_path / "deep")
+    paged = ("--optimizer", "paged_adamw8bit", "--gradient-checkpointing", "--memory-budget")
+    settings = ("--model", "deep", "--steps", "40", "--batch-size", "2", "--r", "16", "--save-every", "3")
+    refused = run(*settings, *paged, "4096")
+    assert refused.code == 2
+    least = re.search(r"at least (\d+) bytes", refused.err_words)
+    assert least is not None
+    settings += (*paged, least[1])
+    files = ("--data", "chats.jsonl", "--output", "killed")
+    code, _, err = stopped_by(signal.SIGKILL, tmp_path, "step  8/40", *files, *settings)
+    assert code == -signal.SIGKILL, err
+    assert run(*settings).code == 0
+    resumed = run(*settings, "--output", "killed", "--resume", "--json")
+    at = json.loads(resumed.out)["resumed_at"]
+    assert 6 <= at < 40
+    assert at % 3 == 0
+    assert losses(tmp_path / "killed") == losses(tmp_path / "adapter")
+    name = "adapter_model.safetensors"
+    assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "adapter" / name).read_bytes()

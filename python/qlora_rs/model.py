@@ -95,7 +95,7 @@ def from_pretrained(
     if info.spec is not None:
         if spec is not None and spec != info.spec:
             raise ValueError(f"{folder} is packed as {info.spec.describe()}; it cannot be loaded as {spec.describe()}")
-        if info.format == FLAT_METHOD or (has_experts and place.type == "cpu"):
+        if info.format == FLAT_METHOD or (has_experts and not _is_placed_from_files(transformers, folder, place)):
             return _load_packed(transformers, folder, target, info.spec, place)
         return _load(transformers, folder, target, None, place)
     if info.seen_in_floats or (has_experts and info.config is None):
@@ -317,7 +317,7 @@ def _load(transformers: Any, folder: Path, dtype: torch.dtype, quantization: Any
 
     cls = _model_class(transformers, folder)
     method = (find_quantization_config(read_config(folder)) or {}).get("quant_method", METHOD)
-    if device.type != "cpu" and method == METHOD and getattr(cls, "config_class", None) is not None:
+    if method == METHOD and _is_placed_from_files(transformers, folder, device):
         return _load_onto(transformers, cls, folder, dtype, quantization, device)
     options = {} if quantization is None else {"quantization_config": quantization}
     with _errors(transformers, folder, quantization):
@@ -332,6 +332,11 @@ def _model_class(transformers: Any, folder: Path) -> Any:
         getattr(transformers, str(name), None) for name in read_config(folder).get("architectures") or ()
     ]
     return next((cls for cls in named if hasattr(cls, "from_pretrained")), transformers.AutoModelForCausalLM)
+
+
+def _is_placed_from_files(transformers: Any, folder: Path, device: torch.device) -> bool:
+    """Whether the tensors of the files go straight to their places on a device, past transformers' loader."""
+    return device.type != "cpu" and getattr(_model_class(transformers, folder), "config_class", None) is not None
 
 
 def _concrete(cls: Any, config: Any) -> Any:

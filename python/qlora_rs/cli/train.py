@@ -50,7 +50,7 @@ def train(
             "--target-modules",
             metavar="PATTERN",
             help="Layers that get an adapter: full name, last part or glob. Repeatable; by default all Linear layers "
-            "but the head.",
+            "but the head and experts.",
         ),
     ] = None,
     use_rslora: Annotated[bool, typer.Option("--use-rslora", help="Scale by alpha / sqrt(r), for large r.")] = False,

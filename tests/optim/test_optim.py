@@ -322,6 +322,11 @@ def test_what_cannot_be_done_is_refused() -> None:
         optim.SGD(params, nesterov=True)
     with pytest.raises(TypeError, match="min_8bit_size"):
         optim.AdamW(params, min_8bit_size=1)
+    with pytest.raises(TypeError, match="AdamW has no option 'fused'"):
+        optim.AdamW(params, fused=True)
+    for cls, betas in ((optim.AdamW, (0.9,)), (optim.AdEMAMix, (0.9, 0.99))):
+        with pytest.raises(ValueError, match=r"betas are \d numbers"):
+            cls(params, betas=betas)  # type: ignore[arg-type]
     double = nn.Parameter(torch.zeros(3, dtype=torch.float64))
     double.grad = torch.ones_like(double)
     with pytest.raises(UnsupportedError, match=r"\[3\] is torch.float64 on cpu"):
@@ -330,3 +335,38 @@ def test_what_cannot_be_done_is_refused() -> None:
         optim.AdamW(params).load_state_dict(torch.optim.AdamW(params, amsgrad=True).state_dict())
     with pytest.raises(ValueError, match="number of parameter groups"):
         optim.AdamW([{"params": params[:1]}, {"params": params[1:]}]).load_state_dict(optim.AdamW(params).state_dict())
+
+
+@pytest.mark.parametrize("cls", [optim.AdamW, optim.AdamW8bit, optim.PagedAdamW32bit, optim.PagedAdamW8bit])
+def test_saved_states_that_do_not_fit_are_refused(cls: type) -> None:
+    params = parameters()
+    start = cls(params)
+    play(start, params, 1)
+    saved = start.state_dict()
+    for name, given in saved["state"][2].items():
+        if name == "step":
+            continue
+        wrong = copy.deepcopy(saved)
+        wrong["state"][2][name] = given.reshape(-1)[:1]  # torch would broadcast it
+        with pytest.raises(ValueError, match=r"shape \[64, 65\] cannot take a saved state"):
+            cls(params).load_state_dict(wrong)
+    for other in (optim.Lion(params), torch.optim.SGD(params, momentum=0.9)):
+        play(other, params, 1)
+        states = {**saved, "state": other.state_dict()["state"]}
+        with pytest.raises(ValueError, match=r"'exp_avg(_sq)?' .* is not of a"):
+            cls(params).load_state_dict(states)
+
+
+def test_8_bit_state_reaches_torch_by_way_of_32_bits() -> None:
+    params = parameters()
+    start, middle, end = optim.AdamW8bit(params), optim.AdamW(params), torch.optim.AdamW(params)
+    play(start, params, 3)
+    middle.load_state_dict(start.state_dict())
+    end.load_state_dict(middle.state_dict())
+    moved = [nn.Parameter(value) for value in values(params)]
+    same = optim.AdamW(moved)
+    same.load_state_dict(start.state_dict())
+    play(end, params, 3, start=3)
+    play(same, moved, 3, start=3)
+    for param, expected in zip(moved, params, strict=True):
+        torch.testing.assert_close(param, expected, rtol=3e-6, atol=3e-6)

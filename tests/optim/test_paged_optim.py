@@ -145,3 +145,39 @@ def test_step_that_finds_no_room_says_so() -> None:
     held = pool.zeros(10)
     with held.acquired(), pytest.raises(PageError, match=r"PagedAdamW32bit page 0.*release some"):
         play(optim.PagedAdamW32bit(params, pool=pool), params, range(1))
+
+
+@pytest.mark.parametrize(("paged", "plain"), PAIRS)
+def test_state_that_is_cleared_begins_anew(paged: type, plain: type) -> None:
+    results = []
+    for make in (lambda params: paged(params, pool=small_pool()), plain):
+        params = parameters()
+        optimizer = make(params)
+        play(optimizer, params, range(3))
+        del optimizer.state[params[0]]
+        play(optimizer, params, range(3, 5))
+        optimizer.state.clear()
+        play(optimizer, params, range(5, 9))
+        results.append(values(params))
+    assert_same(*results)
+
+
+def test_a_parameter_of_another_size_is_refused() -> None:
+    params = parameters()
+    optimizer = optim.PagedAdamW32bit(params, pool=small_pool())
+    play(optimizer, params, range(1, 2))
+    for size in (7, 20_000):
+        params[0].data, params[0].grad = torch.zeros(size), None
+        params[0].grad = torch.ones(size)
+        with pytest.raises(ValueError, match=rf"shape \[{size}\] has paged state of 8827 elements"):
+            optimizer.step()
+
+
+def test_groups_may_be_empty_and_wrong_pools_are_told() -> None:
+    params = parameters()
+    optimizer = optim.PagedAdamW8bit([{"params": []}, {"params": params}], budget="32MiB")
+    play(optimizer, params, range(2))
+    assert optimizer.pool.budget == 32 << 20
+    optim.PagedAdamW8bit([{"params": []}]).step()
+    with pytest.raises(TypeError, match=r"pool is a PagedPool, got '1GiB'.*budget="):
+        optim.PagedAdamW8bit(params, pool="1GiB")  # type: ignore[arg-type]

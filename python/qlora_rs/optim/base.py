@@ -43,7 +43,10 @@ class StateOptimizer(torch.optim.Optimizer):
         max_grad_norm: float | None,
         capturable: bool = False,
         min_8bit_size: int | None = None,
+        **unknown: Any,
     ) -> None:
+        if unknown:
+            raise TypeError(f"{type(self).__name__} has no option {', '.join(map(repr, unknown))}")
         if max_grad_norm is not None and not max_grad_norm > 0:
             raise ValueError(f"max_grad_norm must be above 0, or None for no clipping; got {max_grad_norm}")
         if min_8bit_size is not None and self.bits != 8:
@@ -228,8 +231,10 @@ class StateOptimizer(torch.optim.Optimizer):
         """Load what `state_dict` gave, here or in torch's optimizer of the same name; 8-bit and float32 states are
         converted into each other.
 
+        Torch's optimizers take float32 states; for them load 8-bit ones here first, into the class without ``8bit``.
+
         Raises:
-            ValueError: the parameter groups do not fit.
+            ValueError: the parameter groups or the states do not fit.
             UnsupportedError: it asks for AMSGrad.
         """
         loaded: dict[str, Any] = {}
@@ -260,6 +265,9 @@ class StateOptimizer(torch.optim.Optimizer):
     def _forget(self) -> None:
         """Drop what is kept outside of ``state``, which has been emptied."""
 
+    def _reset(self, key: Tensor) -> None:
+        """Let what is kept of a parameter outside of ``state`` be zeros, as nothing is in there."""
+
     def _load(self, key: Tensor, group: dict[str, Any], saved: dict[str, Any]) -> None:
         # torch's SGD counts no steps, and saves None where there was no momentum yet.
         had_state = any(saved.get(name) is not None for name, _ in self._kinds(group))
@@ -268,6 +276,11 @@ class StateOptimizer(torch.optim.Optimizer):
         for name, signed in self._kinds(group):
             values = saved.get(name)
             if values is None:
+                if name not in saved and saved.keys() - {"step"}:
+                    raise ValueError(
+                        f"state {name!r} of a parameter of shape {list(key.shape)} is not in what is loaded, which "
+                        f"has {', '.join(map(repr, saved))}: it is not of a {type(self).__name__}"
+                    )
                 continue
             scales = saved.get(name + _SCALES)
             self._store(key, name, self._converted(key, values, scales, signed))
@@ -276,7 +289,14 @@ class StateOptimizer(torch.optim.Optimizer):
         self, key: Tensor, values: Tensor, scales: Tensor | None, signed: bool
     ) -> tuple[Tensor, Tensor | None]:
         """A saved state in the form that this optimizer keeps."""
-        eight = self._is_8bit(key)
+        eight, elements = self._is_8bit(key), to_local(key.detach()).numel()
+        blocks = -(-elements // _bridge.BLOCK_SIZE)
+        if to_local(values).numel() != elements or (scales is not None and scales.numel() != blocks):
+            own = "" if scales is None else f" with {scales.numel()} scales"
+            raise ValueError(
+                f"a parameter of shape {list(key.shape)} cannot take a saved state of shape {list(values.shape)}{own}: "
+                "it is of another model, or its parameters are in another order"
+            )
         if scales is not None:
             values, scales = values.cpu(), scales.cpu()
             return (values, scales) if eight else (_bridge.dequantize_state(values, scales, signed), None)

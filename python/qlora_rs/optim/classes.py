@@ -9,13 +9,15 @@ from qlora_rs.optim.base import StateOptimizer
 from qlora_rs.optim.paged import PagedOptimizer
 
 
-def _check(lr: Any, weight_decay: float, betas: tuple[float, ...] = (), eps: float = 0.0) -> None:
+def _check(lr: Any, weight_decay: float, betas: tuple[float, ...] = (), eps: float = 0.0, count: int = 2) -> None:
     if not float(lr) >= 0:
         raise ValueError(f"lr must not be negative, got {lr}")
     if not weight_decay >= 0:
         raise ValueError(f"weight_decay must not be negative, got {weight_decay}")
     if not eps >= 0:
         raise ValueError(f"eps must not be negative, got {eps}")
+    if betas and len(betas) != count:
+        raise ValueError(f"betas are {count} numbers, got {betas}")
     if not all(0 <= beta < 1 for beta in betas):
         raise ValueError(f"betas must be at least 0 and below 1, got {betas}")
 
@@ -160,7 +162,7 @@ class AdEMAMix(StateOptimizer):
         max_grad_norm: float | None = None,
         **more: Any,
     ) -> None:
-        _check(lr, weight_decay, betas, eps)
+        _check(lr, weight_decay, betas, eps, 3)
         defaults = {"lr": lr, "betas": betas, "alpha": alpha, "t_alpha": t_alpha, "t_beta3": t_beta3}
         defaults |= {"eps": eps, "weight_decay": weight_decay, "maximize": maximize}
         super().__init__(params, defaults, max_grad_norm=max_grad_norm, **more)

@@ -33,18 +33,26 @@ class PagedOptimizer(StateOptimizer):
     """
 
     def __init__(self, *args: Any, pool: PagedPool | None = None, budget: int | str = "1GiB", **options: Any) -> None:
+        if pool is not None and not isinstance(pool, PagedPool):
+            raise TypeError(f"pool is a PagedPool, got {pool!r}: a number of bytes is given as budget=")
         self._pool, self._budget = pool, budget
         self._forget()
         super().__init__(*args, **options)
-        if pool is None and to_local(self.param_groups[0]["params"][0].detach()).device.type == "cpu":
+        if pool is None and self._device.type == "cpu":
             self._pool = PagedPool(budget)  # so that a budget that cannot be is refused at once
 
     @property
     def pool(self) -> PagedPool:
         """Where the state lives. One of its own is made together with the state, on the parameters' device."""
         if self._pool is None:
-            self._pool = PagedPool(self._budget, to_local(self.param_groups[0]["params"][0].detach()).device)
+            self._pool = PagedPool(self._budget, self._device)
         return self._pool
+
+    @property
+    def _device(self) -> torch.device:
+        """Of the parameters; groups may be empty, as in torch."""
+        first = next((key for group in self.param_groups for key in group["params"]), None)
+        return torch.device("cpu") if first is None else to_local(first.detach()).device
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As torch's.
@@ -138,7 +146,22 @@ class PagedOptimizer(StateOptimizer):
                 runs.append(Run(start, stop, len(self._pages), eight, tuple(places)))
                 start = stop
             self._paged[key] = runs
-        return self._paged[key]
+        runs = self._paged[key]
+        held = runs[-1].stop if runs else 0
+        if held != param.numel():
+            raise ValueError(
+                f"a parameter of shape {list(key.shape)} has paged state of {held} elements: give one that has changed "
+                "its size to an optimizer of its own"
+            )
+        return runs
+
+    def _reset(self, key: Tensor) -> None:
+        for run in self._paged.get(key, ()):
+            with self._pages[run.page - 1].acquired("write") as memory:
+                for _, array in self._views(memory, run, self.rule.states):
+                    array.values.zero_()
+                    if array.absmax is not None:
+                        array.absmax.zero_()
 
     def _take(self, count: int) -> int:
         start = self._used

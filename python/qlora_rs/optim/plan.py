@@ -179,6 +179,9 @@ class StepPlan:
             by_part.setdefault((device, capturable), []).append(index)
         if capture:
             self._refuse_first_steps(optimizer, by_part)
+        for key in (self._keys[index] for indices in by_part.values() for index in indices):
+            if "step" not in optimizer.state[key]:
+                optimizer._reset(key)
         self._states = optimizer.state
         self._indices = list(by_part.values())
         self.parts = [

@@ -55,12 +55,16 @@ def chunked_cross_entropy(
     >>> torch.allclose(loss, torch.nn.functional.cross_entropy(head(hidden), targets))
     True
     """
-    if reduction not in ("mean", "sum"):
-        raise ValueError(f"reduction is 'mean' or 'sum', got {reduction!r}")
+    _check_reduction(reduction)
     if hidden.shape[:-1] != targets.shape:
         raise ValueError(f"hidden states of shape {list(hidden.shape)} have no targets of shape {list(targets.shape)}")
     counts = targets != IGNORED
     return _over_rows(hidden[counts], head, targets[counts], reduction, chunk_bytes, vocabulary)
+
+
+def _check_reduction(reduction: str) -> None:
+    if reduction not in ("mean", "sum"):
+        raise ValueError(f"reduction is 'mean' or 'sum', got {reduction!r}")
 
 
 def _over_rows(
@@ -127,10 +131,11 @@ def causal_lm_loss(
         inputs: more of what the model takes, as ``attention_mask``.
 
     Raises:
-        ValueError: labels of another shape than the tokens.
+        ValueError: labels of another shape than the tokens, or another reduction.
 
     >>> loss = causal_lm_loss(model, input_ids, labels=input_ids)  # doctest: +SKIP
     """
+    _check_reduction(reduction)
     if labels.shape != input_ids.shape:
         raise ValueError(f"labels have shape {list(labels.shape)}, input_ids {list(input_ids.shape)}: give one a token")
     targets = labels[:, 1:]
@@ -163,6 +168,7 @@ class _Seen:
         self.rows, self.head, self.chunk_bytes, self.whole = rows, head, chunk_bytes, whole
         self.hidden: Tensor | None = None
         self.output: Tensor | None = None
+        self.version = 0
         self.vocabulary = 0
 
     @contextmanager
@@ -191,8 +197,16 @@ class _Seen:
 
     def _look(self, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
         self.output = output
+        self.version = _version(output)
 
     def gave(self, logits: Tensor) -> bool:
         """Are these logits what the head gave?"""
         output = self.output
-        return isinstance(output, Tensor) and (logits is output or torch.equal(logits.float(), output.float()))
+        if not isinstance(output, Tensor) or _version(output) != self.version:  # scaled in place, say
+            return False
+        return logits is output or torch.equal(logits.float(), output.float())
+
+
+def _version(output: Any) -> int:
+    """How often a tensor was written to; inference tensors do not count that."""
+    return output._version if isinstance(output, Tensor) and not output.is_inference() else 0

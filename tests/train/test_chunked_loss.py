@@ -125,6 +125,9 @@ def test_wrong_arguments_are_told() -> None:
         chunked_cross_entropy(torch.randn(2, WIDTH), module, torch.zeros(2, dtype=torch.int64), reduction="none")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="labels have shape"):
         causal_lm_loss(module, torch.zeros(2, 3, dtype=torch.int64), torch.zeros(2, 4, dtype=torch.int64))
+    ids = torch.zeros(2, 3, dtype=torch.int64)
+    with pytest.raises(ValueError, match="'avg'"):
+        causal_lm_loss(module, ids, ids, reduction="avg")  # type: ignore[arg-type]
 
 
 def causal_lm(name: str, **changes: Any) -> Any:
@@ -168,6 +171,32 @@ def test_it_is_the_loss_that_the_model_gives(name: str, changes: dict[str, Any])
         for parameter_name, parameter in model.named_parameters():
             assert parameter.grad is not None
             torch.testing.assert_close(parameter.grad, grads[parameter_name], rtol=1e-4, atol=1e-5)
+
+
+def test_logits_that_are_scaled_in_place_are_found_out() -> None:
+    model = causal_lm("Llama")
+
+    def scale(module: Any, inputs: Any, output: Any) -> None:
+        output.logits.mul_(0.125)
+
+    model.register_forward_hook(scale)
+    ids = torch.randint(1, VOCABULARY, (2, 31))
+    with torch.no_grad():
+        expected = torch.nn.functional.cross_entropy(
+            model(ids).logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten()
+        )
+        found = causal_lm_loss(model, ids, ids, chunk_bytes=4 * VOCABULARY * 10)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["Llama", "Cohere"])
+def test_inference_mode_gives_the_same_loss(name: str) -> None:
+    model = causal_lm(name)
+    ids = torch.randint(1, VOCABULARY, (2, 31))
+    expected = causal_lm_loss(model, ids, ids, chunk_bytes=4 * VOCABULARY * 10)
+    with torch.inference_mode():
+        found = causal_lm_loss(model, ids, ids, chunk_bytes=4 * VOCABULARY * 10)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_the_head_never_gives_more_rows_than_a_chunk_has() -> None:

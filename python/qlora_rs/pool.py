@@ -163,10 +163,12 @@ class PagedPool:
 
         Raises:
             PageError: it takes more pages than the budget has.
-            ValueError: it has no elements.
+            ValueError: it has no elements, or a negative size.
             DeviceError: the host has no memory for it.
         """
         shape = (shape,) if isinstance(shape, int) else tuple(shape)
+        if any(size < 0 for size in shape):
+            raise ValueError(f"buffer {name!r} cannot have the shape {list(shape)}: sizes are not negative")
         number = self._core.create(name, math.prod(shape) * dtype.itemsize)
         return PagedBuffer(self, number, shape, dtype, name)
 

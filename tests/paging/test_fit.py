@@ -193,6 +193,20 @@ def test_a_model_without_packed_layers_is_only_moved() -> None:
     assert fitted.pool is None
     with pytest.raises(ValueError, match="no packed layers"):
         page_weights(model, object())  # type: ignore[arg-type]
+    with pytest.raises(
+        ValueError, match=r"too small, and the model has no packed layers.* at least (\d+) bytes"
+    ) as caught:
+        fit(torch.nn.Linear(500, 300), "1MB", "cpu")
+    needed = re.search(r"at least (\d+) bytes", str(caught.value))
+    assert needed is not None
+    assert fit(torch.nn.Linear(500, 300), int(needed[1]), "cpu").pool is None
+
+
+@pytest.mark.parametrize("checkpointing", [True, False])
+def test_a_budget_that_is_too_small_names_the_ways_out(checkpointing: bool) -> None:
+    with pytest.raises(ValueError, match="is too small") as caught:
+        fit(llama(checkpointing=checkpointing), 4096, "cpu", tokens=TOKENS)
+    assert ("or gradient checkpointing, or fewer tokens" in str(caught.value)) is not checkpointing
 
 
 class Mixture(nn.Module):

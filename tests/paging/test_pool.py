@@ -227,6 +227,8 @@ def test_wrong_use_is_named_with_the_way_out(device: str) -> None:
         pool.zeros(5 * page // 4, name="head")
     with pytest.raises(ValueError, match="no bytes"):
         pool.zeros(0)
+    with pytest.raises(ValueError, match=r"\"?'?head'?\"? cannot have the shape \[-2, -3\]"):
+        pool.zeros((-2, -3), name="head")
     with first.acquired():
         with pytest.raises(PageError, match=r'no room for buffer "second".*hold 3 of 4.*release some first'):
             second.acquire()

@@ -128,8 +128,14 @@ def plan(model: nn.Module, request: Request) -> Plan:
         Part("saved activations", "step", kept),
     ]
     whole = Plan(request.budget, (*everything, *fixed), None)
-    if whole.total("device", "step") <= request.budget or not blocks:
+    needed = whole.total("device", "step")
+    if needed <= request.budget:
         return whole
+    if not blocks:
+        raise ValueError(
+            f"a budget of {format_bytes(request.budget)} is too small, and the model has no packed layers that could "
+            f"be paged: give at least {needed} bytes, or pack it with quantize_model before\n{whole}"
+        )
 
     page_activations = request.checkpointing if request.page_activations is None else request.page_activations
     parts = (
@@ -144,10 +150,13 @@ def plan(model: nn.Module, request: Request) -> Plan:
     frames = request.budget - outside
     if frames < least:
         table = Plan(request.budget, parts, 0)
+        fewer = f"fewer tokens a step than {request.tokens}"
+        if not request.checkpointing:
+            fewer = f"gradient checkpointing, or {fewer}"
         raise ValueError(
             f"a budget of {format_bytes(request.budget)} is too small: {format_bytes(outside)} are needed beside the "
-            f"pool, and {format_bytes(least)} in it; give at least {outside + least} bytes, or fewer tokens a step "
-            f"than {request.tokens}\n{table}"
+            f"pool, and {format_bytes(least)} in it; give at least {outside + least} bytes, or "
+            f"{fewer}\n{table}"
         )
     return Plan(request.budget, parts, frames)
 

@@ -398,7 +398,9 @@ class PagedBuffer:
             got = f"{list(tensor.shape)} of {tensor.dtype}"
             raise ValueError(f"buffer {self.name!r} holds {list(self.shape)} of {self.dtype}, got {got}")
         source = tensor.detach()
-        if source.device.type != "cuda" or self.pool.device.type != "cuda" or not self._copy_on_device(source):
+        # From another device by way of the host: frames are not mapped for other devices.
+        here = source.device == self.pool.device and source.is_cuda
+        if not here or not self._copy_on_device(source):
             with self.filling() as values:
                 values.copy_(source)
         return self

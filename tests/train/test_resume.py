@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from typing import Any
 
 import pytest
@@ -48,6 +49,24 @@ def test_it_gives_the_same_losses_and_the_same_adapter(
     states = [read_state(output / "training_state.safetensors").tensors for output in (stopped, whole)]
     assert states[0].keys() == states[1].keys()
     assert all(torch.equal(tensor, states[1][name]) for name, tensor in states[0].items())
+
+
+def test_ctrl_c_does_not_break_a_backward_pass(fine_tune, tmp_path, losses, monkeypatch, everything):
+    fine_tune("whole", **everything)
+    backward, finished = torch.Tensor.backward, []
+
+    def interrupted(self: torch.Tensor, *args: Any, **options: Any) -> None:
+        self.register_hook(lambda grad: signal.raise_signal(signal.SIGINT))
+        backward(self, *args, **options)
+        finished.append(True)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.Tensor, "backward", interrupted)
+        with pytest.raises(KeyboardInterrupt, match="interrupted after step 0 of 10"):
+            fine_tune("stopped", **everything)
+    assert finished == [True]
+    fine_tune("stopped", resume=True, **everything)
+    assert losses(tmp_path / "stopped") == losses(tmp_path / "whole")
 
 
 def test_steps_after_the_last_save_are_done_again(fine_tune, tmp_path, losses, adapter_bytes, everything):

@@ -148,7 +148,10 @@ class Trainer:
             loss += part.item()
             if not math.isfinite(loss):
                 raise self._diverged(f"step {step}", f"the loss is {loss}")
-            part.backward()
+            # What a broken backward pass leaves, torch drops at the exit of the process, when the Python objects that
+            # checkpointing hung on it are gone: it would crash.
+            with self._interruption.held():
+                part.backward()
         norm = torch.nn.utils.clip_grad_norm_(self._parameters, options.max_grad_norm or math.inf).item()
         if not math.isfinite(norm):
             raise self._diverged(f"step {step}", f"the gradient's norm is {norm}")

@@ -142,6 +142,19 @@ def read_speed(folder: Path) -> float:
     return total / (time.perf_counter() - start) / 1e9
 
 
+def write_speed(folder: Path, like: Path) -> float:
+    """GB/s of writing 1 GiB of ``like``'s bytes into a new file, to the disk."""
+    with open(like, "rb") as file:
+        data = file.read(64 << 20)
+    start = time.perf_counter()
+    with tempfile.TemporaryFile(dir=folder) as file:
+        for _ in range(16):
+            file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    return 16 * len(data) / (time.perf_counter() - start) / 1e9
+
+
 def hash_speed() -> float:
     """GB/s of SHA-256 on one thread."""
     data = bytes(64 << 20)
@@ -201,12 +214,15 @@ def main() -> None:
             drop_cache(source)
             runs.append(run_child(*command))
         seconds, peak = min(run[0] for run in runs), max(run[1] for run in runs)
-        packed = sum(path.stat().st_size for path in target.glob("*.safetensors"))
+        shards = list(target.glob("*.safetensors"))
+        packed = sum(path.stat().st_size for path in shards)
+        written = write_speed(folder, shards[0])
+        limits[f"disk, written at {written:.2f}"] = written * total / packed
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     print(f"packed: {packed / 1e9:.2f} GB")
     for name, speed in limits.items():
-        print(f"limit: {name:<20} {speed:6.2f} GB/s")
+        print(f"limit: {name:<22} {speed:6.2f} GB/s of input")
     work = seconds - startup
     print(f"command: {seconds:.1f} s, of which start-up (imports, model on meta, plan) {startup:.1f} s")
     print(f"streaming: {total / work / 1e9:.2f} GB/s of input ({total / seconds / 1e9:.2f} with start-up)")

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from qlora_rs import direct
 from qlora_rs.flat_product import FlatProduct
@@ -144,14 +145,21 @@ class Linear4bit(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """x of shape (..., in), float32, bfloat16 or float16 (under autocast its type) -> (..., out) in that type."""
+        if not torch.compiler.is_compiling() and forward_ad._current_level >= 0:
+            primal, tangent = forward_ad.unpack_dual(x)
+            if tangent is not None:  # which operators would drop without a word
+                return forward_ad.make_dual(self._multiply(primal, self.bias), self._multiply(tangent, None))
+        return self._multiply(x, self.bias)
+
+    def _multiply(self, x: Tensor, bias: Tensor | None) -> Tensor:
         parts = self.parts()
         paged = self.paged
         if paged is not None and paged.holds(parts):
-            return paged(x, self.bias)
+            return paged(x, bias)
         if self._flat_product is not None:
-            return self._flat_product(x, parts, self.bias)
+            return self._flat_product(x, parts, bias)
         if direct.applies(x):
-            product = self._product(x, parts, self.bias)
+            product = self._product(x, parts, bias)
             if product is not None:
                 return product
         y: Tensor = torch.ops.qlora_rs.linear(
@@ -161,7 +169,7 @@ class Linear4bit(nn.Linear):
             self.spec.quant_type,
             self.spec.block_size,
             self._codebook,
-            self.bias,
+            bias,
         )
         return y
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+from functools import partial
 
 import pytest
 import torch
 from torch import nn
+from torch.autograd import forward_ad
 
 import qlora_rs
 from qlora_rs import Linear4bit, QuantSpec, reference
@@ -236,3 +238,23 @@ def test_only_packed_tensors_are_kept_for_the_backward_pass() -> None:
 def test_quantize_model_free_function_accepts_parameters_that_require_grad() -> None:
     weight = nn.Parameter(torch.randn(5, 64))
     assert not qlora_rs.dequantize(qlora_rs.quantize(weight)).requires_grad
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:FutureWarning")  # torch.func's own import
+@pytest.mark.parametrize("wants_grad", [False, True])
+def test_forward_mode_gradients_are_products_too(wants_grad):
+    close = partial(torch.testing.assert_close, rtol=1e-4, atol=1e-4)
+    layer = Linear4bit.from_float(nn.Linear(66, 35))
+    weight, bias = layer.dequantize(torch.float32), layer.bias
+    x, tangent = torch.randn(2, 3, 66), torch.randn(2, 3, 66)
+    y, slope = torch.func.jvp(layer, (x,), (tangent,))
+    close(y, x @ weight.T + bias)
+    close(slope, tangent @ weight.T)
+    x.requires_grad_(wants_grad)
+    with forward_ad.dual_level():
+        y, slope = forward_ad.unpack_dual(layer(forward_ad.make_dual(x, tangent)))
+        close(slope, tangent @ weight.T)
+        close(layer(x), y)
+    if wants_grad:
+        y.sum().backward()
+        close(x.grad, weight.sum(0).expand_as(x))

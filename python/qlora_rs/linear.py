@@ -148,7 +148,9 @@ class Linear4bit(nn.Linear):
         if not torch.compiler.is_compiling() and forward_ad._current_level >= 0:
             primal, tangent = forward_ad.unpack_dual(x)
             if tangent is not None:  # which operators would drop without a word
-                return forward_ad.make_dual(self._multiply(primal, self.bias), self._multiply(tangent, None))
+                y, slope = self._multiply(primal, self.bias), self._multiply(tangent, None)
+                dual: Tensor = forward_ad.make_dual(y, slope)
+                return dual
         return self._multiply(x, self.bias)
 
     def _multiply(self, x: Tensor, bias: Tensor | None) -> Tensor:

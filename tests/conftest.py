@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -46,7 +47,7 @@ def _seed() -> None:
 def _commands_compute_on_the_cpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where there is a CUDA device too: only tests that are about it shall need it."""
     if torch.cuda.is_available() and request.node.get_closest_marker("gpu") is None:
-        monkeypatch.setattr("qlora_rs.model._has_usable_cuda_device", lambda: False)
+        monkeypatch.setattr("qlora_rs.devices._has_usable_cuda_device", lambda: False)
 
 
 @pytest.fixture(scope="session")
@@ -175,6 +176,23 @@ def write_chats(tmp_path: Path) -> Callable[..., Path]:
         return path
 
     return write
+
+
+@pytest.fixture(scope="session")
+def descend() -> Callable[..., list[float]]:
+    """Steps of a causal language model on the same ``(samples, length)`` tokens; the loss before each."""
+
+    def run(model: Any, optimizer: torch.optim.Optimizer, ids: torch.Tensor, steps: int) -> list[float]:
+        found = []
+        for _ in range(steps):
+            loss = model(input_ids=ids, labels=ids).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            found.append(loss.item())
+        return found
+
+    return run
 
 
 @pytest.fixture(scope="session")

@@ -31,7 +31,7 @@ TOP_LEVEL = {
 LAYERS = (
     {"_core", "errors"},
     {"reference", "spec"},
-    {"packed", "report"},
+    {"devices", "packed", "report"},
     {"_bridge", "torch_memory"},
     {"ops"},
     {"direct", "pool", "quantization"},

@@ -14,7 +14,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from qlora_rs import _core, ops
+from qlora_rs import ops
 from qlora_rs.checkpoint.choice import FLOAT_DTYPES as FLOAT_DTYPE_NAMES
 from qlora_rs.checkpoint.choice import choose_tensors
 from qlora_rs.checkpoint.dequantized import open_float_source
@@ -31,7 +31,8 @@ from qlora_rs.checkpoint.source import (
     require_model,
 )
 from qlora_rs.checkpoint.weights import TensorReader
-from qlora_rs.errors import DeviceError, FormatError, NonFiniteError, UnsupportedError, first_line, require_extra
+from qlora_rs.devices import resolve_device
+from qlora_rs.errors import FormatError, NonFiniteError, UnsupportedError, first_line, require_extra
 from qlora_rs.experts import FUSED, PackedExperts, is_experts, why_not_packed
 from qlora_rs.linear import Linear4bit
 from qlora_rs.lora import replace_module
@@ -40,9 +41,6 @@ from qlora_rs.quantization import quantize
 from qlora_rs.report import PackedEntry, QuantizeReport, SkippedEntry
 from qlora_rs.selection import matches, select_linear
 from qlora_rs.spec import QuantSpec
-
-# Of a CUDA device that has kernels here.
-LEAST_CAPABILITY = (7, 5)
 
 
 def from_pretrained(
@@ -262,39 +260,6 @@ def load_float(
     target = resolve_dtype(dtype, place)
     open_source(folder)  # headers and index are checked before transformers sees them
     return _load(require_extra("transformers", "transformers", "loading a model"), folder, target, None, place)
-
-
-def resolve_device(device: torch.device | str | None) -> torch.device:
-    """The device that ``device`` stands for, a CUDA one with its index; ``"auto"`` is torch's current one where it has
-    kernels here, else the CPU.
-
-    Raises:
-        ValueError: torch knows no such device.
-        UnsupportedError: models are not loaded there.
-        DeviceError: there is no such device.
-    """
-    if device == "auto":
-        device = "cuda" if _has_usable_cuda_device() else "cpu"
-    try:
-        asked = torch.device("cpu" if device is None else device)
-    except RuntimeError as error:
-        raise ValueError(f"device {device!r}: {first_line(error)}; it is auto, cpu, cuda or cuda:N") from None
-    if asked.type == "cpu":
-        return asked
-    if asked.type != "cuda":
-        raise UnsupportedError(f"no kernels for {device}: this version computes on cpu and cuda")
-    count = torch.cuda.device_count()
-    if count == 0:
-        reason = _core.driver_probe()["reason"] or f"torch {torch.__version__} finds none"
-        raise DeviceError(f"there is no CUDA device: {reason}")
-    index = torch.cuda.current_device() if asked.index is None else asked.index
-    if index >= count:
-        raise DeviceError(f"there is no CUDA device {index}: torch sees {count}")
-    return torch.device("cuda", index)
-
-
-def _has_usable_cuda_device() -> bool:
-    return torch.cuda.is_available() and torch.cuda.get_device_capability() >= LEAST_CAPABILITY
 
 
 def resolve_dtype(dtype: torch.dtype | str, device: torch.device | None = None) -> torch.dtype:

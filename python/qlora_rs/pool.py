@@ -27,7 +27,8 @@ import torch
 from torch import Tensor
 
 from qlora_rs import _bridge, _core, torch_memory
-from qlora_rs.errors import DeviceError, PageError, UnsupportedError
+from qlora_rs.devices import resolve_device
+from qlora_rs.errors import PageError, UnsupportedError
 from qlora_rs.report import format_bytes, parse_bytes
 
 Mode = Literal["read", "write", "overwrite"]
@@ -149,7 +150,9 @@ class PagedPool:
         self.page_size = parse_bytes(page_size)
         frames = parse_bytes(budget) // self.page_size if self.page_size > 0 else 0
         self.budget = frames * self.page_size
-        self.device = where if where.type == "cpu" else _cuda_device(where)
+        self.device = resolve_device(where)
+        if self.device.type == "cuda":
+            torch.cuda.init()
         self._core = _core.Pool(frames=frames, page_bytes=self.page_size, policy=policy, device=self.device.index)
         self._buffers: weakref.WeakSet[PagedBuffer] = weakref.WeakSet()
 
@@ -445,15 +448,6 @@ class PagedBuffer:
     def __repr__(self) -> str:
         """Name, shape and type."""
         return f"PagedBuffer({self.name!r}, shape={list(self.shape)}, dtype={self.dtype})"
-
-
-def _cuda_device(device: torch.device) -> torch.device:
-    """With its index; torch's CUDA is started."""
-    reason = _core.driver_probe()["reason"]
-    if reason is not None or not torch.cuda.is_available():
-        raise DeviceError(f"a paged pool on {device} needs a CUDA device: {reason or 'torch finds none'}")
-    torch.cuda.init()
-    return device if device.index is not None else torch.device("cuda", torch.cuda.current_device())
 
 
 def _free_quietly(core: _core.Pool, number: int) -> None:

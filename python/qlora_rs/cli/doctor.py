@@ -165,7 +165,7 @@ def _print_findings(findings: dict[str, Any]) -> None:
 
 
 def _kernels(capability: tuple[int, int]) -> str:
-    from qlora_rs.model import LEAST_CAPABILITY
+    from qlora_rs.devices import LEAST_CAPABILITY
 
     least = ".".join(map(str, LEAST_CAPABILITY))
     return "usable" if capability >= LEAST_CAPABILITY else f"too old for the kernels ({least})"

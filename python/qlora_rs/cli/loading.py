@@ -43,8 +43,9 @@ def load_model(path: Path, adapter: Path | None = None, dtype: str = "auto", dev
     from qlora_rs.adapters import load_adapter, read_adapter
     from qlora_rs.checkpoint import inspect
     from qlora_rs.checkpoint.source import require_model
+    from qlora_rs.devices import resolve_device
     from qlora_rs.errors import UnsupportedError
-    from qlora_rs.model import from_pretrained, load_float, resolve_device
+    from qlora_rs.model import from_pretrained, load_float
     from qlora_rs.spec import QuantSpec
 
     require_model(path)

@@ -16,10 +16,11 @@ from torch import Tensor, nn
 from qlora_rs.checkpoint import CheckpointInfo, inspect
 from qlora_rs.checkpoint.source import require_folder
 from qlora_rs.checkpoint.weights import stored_name
+from qlora_rs.devices import resolve_device
 from qlora_rs.errors import UnsupportedError
 from qlora_rs.eval.perplexity import Perplexity, perplexity
 from qlora_rs.linear import Linear4bit
-from qlora_rs.model import from_pretrained, load_float, resolve_device
+from qlora_rs.model import from_pretrained, load_float
 from qlora_rs.spec import QuantSpec
 
 DEFAULT_TYPES = ("int8", "nf4", "nf4+dq", "fp4", "int4")

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from qlora_rs.devices import resolve_device
 from qlora_rs.paging.activations import saved_activations
 from qlora_rs.paging.plan import Plan, Request, check_optimizer, plan
 from qlora_rs.paging.weights import Load, PagedWeights, Progress, block_bytes, packed_blocks, page_weights
@@ -108,9 +109,7 @@ def fit(
     >>> len(fitted.weights.blocks), fitted.pool.budget < 16 * fitted.weights.blocks["0"]
     (16, True)
     """
-    where = torch.device("cuda" if torch.cuda.is_available() else "cpu") if device is None else torch.device(device)
-    if where.type == "cuda" and where.index is None:
-        where = torch.device("cuda", torch.cuda.current_device())
+    where = resolve_device("auto" if device is None else device)
     if tokens < 1:
         raise ValueError(f"tokens is at least 1, got {tokens}")
     check_optimizer(optimizer)

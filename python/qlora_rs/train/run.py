@@ -12,9 +12,10 @@ import torch
 from qlora_rs.checkpoint.dequantized import READERS
 from qlora_rs.checkpoint.gguf_source import is_gguf_file, open_gguf
 from qlora_rs.checkpoint.source import find_quantization_config, read_config, require_model
+from qlora_rs.devices import resolve_device
 from qlora_rs.errors import FormatError, UnsupportedError, require_extra
 from qlora_rs.lora import AttachReport, attach_lora
-from qlora_rs.model import from_pretrained, resolve_device, resolve_dtype
+from qlora_rs.model import from_pretrained, resolve_dtype
 from qlora_rs.paging import Fitted, fit
 from qlora_rs.pictures.canvas import require_matplotlib
 from qlora_rs.train.curve import EXTRA, PURPOSE
@@ -163,9 +164,8 @@ def _settings(
 
 def _check_resumable(state: TrainingState, settings: dict[str, Any], options: TrainOptions) -> None:
     path = options.output / STATE_FILE
-    check_same_run(
-        {"--device": "cpu", "--optimizer": "adamw", **state.settings}, settings, path
-    )  # what older states do not say
+    unsaid = {"--device": "cpu", "--optimizer": "adamw"}  # by older states
+    check_same_run({**unsaid, **state.settings}, settings, path)
     steps = settings["--steps"]
     if state.step >= steps:
         raise UnsupportedError(

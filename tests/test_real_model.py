@@ -99,7 +99,7 @@ def test_the_file_of_llama_cpp_is_read_as_the_folder_that_was_made_of_it(smollm2
         assert torch.equal(reader.stored(name).bfloat16(), expected(name)), name
 
 
-def test_a_few_steps_on_chats_lower_the_loss(smollm2: Path, chats: Path) -> None:
+def test_a_few_steps_on_chats_lower_the_loss(smollm2: Path, chats: Path, descend) -> None:
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(smollm2)
@@ -110,11 +110,5 @@ def test_a_few_steps_on_chats_lower_the_loss(smollm2: Path, chats: Path) -> None
     model = qlora_rs.from_pretrained(smollm2, QuantSpec(), dtype=torch.float32)
     qlora_rs.attach_lora(model, r=8, lora_alpha=16, seed=0)
     optimizer = torch.optim.AdamW(qlora_rs.lora_parameters(model), lr=1e-3)
-    losses = []
-    for _ in range(6):
-        loss = model(input_ids=ids, labels=ids).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
+    losses = descend(model, optimizer, ids, 6)
     assert losses[-1] < losses[0] - 0.3

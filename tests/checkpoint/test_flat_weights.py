@@ -186,19 +186,13 @@ def test_quantizing_to_other_formats_takes_its_values(native, tmp_path) -> None:
     assert torch.equal(values[f"{DOWN}.weight"], model.get_submodule(DOWN).dequantize(torch.float16))
 
 
-def test_an_adapter_trains_saves_and_merges(native, tmp_path) -> None:
+def test_an_adapter_trains_saves_and_merges(native, tmp_path, descend) -> None:
     torch.manual_seed(0)
     model = qlora_rs.from_pretrained(ODD, dtype="float32")
     qlora_rs.attach_lora(model, r=3, seed=0)
     tokens = torch.arange(17)[None]
     optimizer = torch.optim.SGD(qlora_rs.lora_parameters(model), lr=0.5)
-    losses = []
-    for _ in range(5):
-        loss = model(input_ids=tokens, labels=tokens).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
+    losses = descend(model, optimizer, tokens, 5)
     assert losses[-1] < losses[0]
     qlora_rs.save_adapter(model, tmp_path / "adapter")
     trained = model(tokens).logits

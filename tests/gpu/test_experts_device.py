@@ -52,7 +52,7 @@ def test_a_mixture_on_the_device_has_the_bytes_of_the_cpu_and_computes_the_same(
             torch.testing.assert_close(ours(tokens.to(DEVICE)).logits.cpu(), cpu(tokens).logits, rtol=2e-3, atol=2e-3)
 
 
-def test_adapters_over_a_mixture_train_on_the_device_and_repeat_bit_for_bit(source) -> None:
+def test_adapters_over_a_mixture_train_on_the_device_and_repeat_bit_for_bit(source, descend) -> None:
     losses = []
     for _ in range(2):
         torch.manual_seed(0)
@@ -60,14 +60,7 @@ def test_adapters_over_a_mixture_train_on_the_device_and_repeat_bit_for_bit(sour
         qlora_rs.attach_lora(model, r=4, seed=0, target_modules=["q_proj", "v_proj", "w1", "w2"])
         optimizer = torch.optim.AdamW(qlora_rs.lora_parameters(model), lr=0.02)
         tokens = torch.arange(67, device=DEVICE)[None]
-        run = []
-        for _ in range(4):
-            loss = model(input_ids=tokens, labels=tokens).loss
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            run.append(loss.item())
-        losses.append(run)
+        losses.append(descend(model, optimizer, tokens, 4))
     assert losses[0][-1] < losses[0][0]
     assert losses[0] == losses[1]
 

@@ -93,7 +93,7 @@ def test_a_newer_format_is_refused(packed):
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_a_llama_learns_through_adapters_with_and_without_checkpointing(packed, checkpointing):
+def test_a_llama_learns_through_adapters_with_and_without_checkpointing(packed, checkpointing, descend):
     model = qlora_rs.from_pretrained(packed, dtype=torch.float32)
     qlora_rs.attach_lora(model, r=4, seed=0)
     if checkpointing:
@@ -103,13 +103,7 @@ def test_a_llama_learns_through_adapters_with_and_without_checkpointing(packed, 
     model.train()
     optimizer = torch.optim.AdamW(qlora_rs.lora_parameters(model), lr=1e-2)
     ids = torch.arange(48).view(2, 24)
-    losses = []
-    for _ in range(8):
-        loss = model(input_ids=ids, labels=ids).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
+    losses = descend(model, optimizer, ids, 8)
     assert losses[-1] < losses[0] - 0.1
 
 

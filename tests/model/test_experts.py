@@ -243,7 +243,7 @@ def test_what_save_pretrained_writes_loads_again(layout, stacked, tmp_path) -> N
         assert torch.equal(a, b), name
 
 
-def test_adapters_of_attention_and_of_experts_train_save_and_merge(family, source, tmp_path) -> None:
+def test_adapters_of_attention_and_of_experts_train_save_and_merge(family, source, tmp_path, descend) -> None:
     checkpoint.quantize(source, tmp_path / "packed")
     model = qlora_rs.from_pretrained(tmp_path / "packed", dtype="float32")
     report = qlora_rs.attach_lora(copy.deepcopy(model), r=2, seed=0)
@@ -252,13 +252,7 @@ def test_adapters_of_attention_and_of_experts_train_save_and_merge(family, sourc
     report = qlora_rs.attach_lora(model, r=2, seed=0, target_modules=["q_proj", IN_FILES[family][1][0]])
     assert len(report.attached) == 2 + 2 * EXPERTS
     optimizer = torch.optim.AdamW(qlora_rs.lora_parameters(model), lr=0.02)
-    losses = []
-    for _ in range(4):
-        loss = model(input_ids=TOKENS, labels=TOKENS).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
+    losses = descend(model, optimizer, TOKENS, 4)
     assert losses[-1] < losses[0]
     qlora_rs.save_adapter(model, tmp_path / "adapter")
     with torch.no_grad():

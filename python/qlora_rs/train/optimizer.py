@@ -8,12 +8,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from qlora_rs._core import STATE_BLOCK_SIZE
 from qlora_rs.optim import AdamW8bit, PagedAdamW8bit, PagedAdamW32bit
 from qlora_rs.optim.base import StateOptimizer
+from qlora_rs.optim.rules import ADAMW
 from qlora_rs.pool import PagedPool
 
 OPTIMIZERS = ("adamw", "adamw8bit", "paged_adamw", "paged_adamw8bit")
-_MOMENTS = ("exp_avg", "exp_avg_sq")
+_MOMENTS = tuple(kind.name for kind in ADAMW.states)
 
 
 def make_optimizer(
@@ -52,5 +54,5 @@ def state_shapes(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> d
     if not isinstance(optimizer, StateOptimizer) or optimizer.bits != 8:
         return shapes
     if parameter.numel() >= optimizer.min_8bit_size:
-        shapes |= {f"{name}_absmax": torch.Size([-(-parameter.numel() // 256)]) for name in _MOMENTS}
+        shapes |= {f"{name}_absmax": torch.Size([-(-parameter.numel() // STATE_BLOCK_SIZE)]) for name in _MOMENTS}
     return shapes

@@ -7,7 +7,6 @@ queued on torch's current stream, its memory comes from torch's allocator.
 from __future__ import annotations
 
 import math
-import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -16,6 +15,7 @@ from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
 from qlora_rs import _core
+from qlora_rs._core import DeviceWeight
 from qlora_rs.packed import PackedShapes
 from qlora_rs.spec import QuantSpec
 
@@ -119,141 +119,21 @@ def _quantize_cuda(weight: Tensor, spec: QuantSpec, check_finite: bool, out: _Qu
         quantize(weight.cpu(), spec, check_finite)  # raises the error that counts and locates them
 
 
-class DeviceWeight:
-    """A packed weight on a CUDA device, checked once, for calls that must cost the host little.
+def device_weight(
+    codes: Tensor,
+    absmax: Tensor,
+    absmax_scale: Tensor | None,
+    absmax_offset: Tensor | None,
+    columns: int,
+    spec: QuantSpec,
+    *,
+    moves: bool = False,
+) -> DeviceWeight:
+    """A packed weight on a CUDA device, for calls that must cost the host little.
 
-    It stands for the memory that its tensors had when it was made, and does not keep them alive: `holds` tells whether
-    they are still the same.
-
-    Attributes:
-        moves: copies on other streams bring it to this memory, and it goes again: each launch has to wait for what is
-            before it on its stream, which waits for the copy.
+    ``moves``: copies on other streams bring it there, and it goes again.
     """
-
-    __slots__ = (
-        "_copies",
-        "_core",
-        "_elements",
-        "_marks",
-        "_most_fused_tokens",
-        "_settled",
-        "device",
-        "moves",
-        "shape",
-        "versions",
-    )
-
-    def __init__(
-        self,
-        codes: Tensor,
-        absmax: Tensor,
-        absmax_scale: Tensor | None,
-        absmax_offset: Tensor | None,
-        columns: int,
-        spec: QuantSpec,
-    ) -> None:
-        parts = (codes, absmax, absmax_scale, absmax_offset)
-        scale = None if absmax_scale is None else absmax_scale.contiguous()
-        offset = None if absmax_offset is None else absmax_offset.contiguous()
-        dense = (codes.contiguous(), absmax.contiguous(), scale, offset)
-        # Strided parts are copied, and the copy lives as long as this object; `holds` then says no.
-        self._copies = tuple(copy for copy, part in zip(dense, parts, strict=True) if copy is not part)
-        self._marks = tuple(
-            None if part is None else (weakref.ref(part), part.data_ptr(), part.numel()) for part in parts
-        )
-        self.versions = _versions(parts)
-        self._settled = False
-        self.moves = False
-        self.shape = (*codes.shape[:-1], columns)
-        self.device = codes.device
-        self._core = _core.DeviceWeight(
-            spec.core(),
-            layout=_layout(self.shape),
-            codes=_memory(dense[0]),
-            absmax=_memory(dense[1]),
-            scale=_optional(scale),
-            offset=_optional(offset),
-        )
-        self._elements = math.prod(self.shape)
-        matrix = len(self.shape) == 2 and columns > 0
-        self._most_fused_tokens = self._core.most_fused_tokens(self.device.index) if matrix else 0
-
-    def holds(self, *parts: Tensor | None) -> bool:
-        """Are these the tensors, and has none of them been moved or restrided in place (as ``module.to`` moves)?"""
-        # On every forward pass: no more than is needed. A tensor of as many contiguous elements holds the same bytes.
-        if self._copies:
-            return False
-        for part, mark in zip(parts, self._marks):  # noqa: B905
-            if part is None or mark is None:
-                if part is None and mark is None:
-                    continue
-                return False
-            reference, address, elements = mark
-            if (
-                reference() is not part
-                or part.data_ptr() != address
-                or part.numel() != elements
-                or not part.is_contiguous()
-            ):
-                return False
-        versions = _versions(parts)
-        if versions is None or versions != self.versions:
-            self.versions, self._settled = versions, False
-        return True
-
-    def dequantize(self, dtype: torch.dtype) -> Tensor:
-        """The float weight, a new tensor."""
-        out = torch.empty(self.shape, dtype=dtype, device=self.device)
-        self._core.dequantize(_queue(self.device), (out.data_ptr(), self._elements), _DTYPE_CODES[dtype])
-        return out
-
-    def fuses(self, tokens: int, dtype: torch.dtype) -> bool:
-        """Is the product of this many tokens made without dequantizing the weight first?"""
-        return 0 < tokens <= self._most_fused_tokens and dtype is not torch.float32
-
-    def linear(self, x: Tensor, bias: Tensor | None, lora: tuple[Tensor, Tensor, float] | None = None) -> Tensor:
-        """x W^T + bias (+ scale * xa B^T, ``lora`` being xa (..., r), B (out, r) and scale), rounded once.
-
-        All of x's dtype, where `fuses` says so.
-        """
-        rows, columns = self.shape
-        x = self._operand("x", x, 16)
-        bias = None if bias is None else self._operand("bias", bias, x.element_size())
-        term = None
-        if lora is not None:
-            xa, b = self._operand("xa", lora[0], 4), self._operand("B", lora[1], 4)
-            term = (_memory(xa), _memory(b), b.shape[1], lora[2])
-        tokens = x.numel() // columns
-        y = torch.empty((*x.shape[:-1], rows), dtype=x.dtype, device=self.device)
-        self._core.linear(
-            _queue(self.device),
-            tokens,
-            _memory(x),
-            _memory(y),
-            _optional(bias),
-            term,
-            _DTYPE_CODES[x.dtype],
-            self._settled,
-        )
-        # From now on a launch may fetch the weight while the kernel before it still runs: whatever wrote the weight has
-        # ended by then. Where versions are not counted, nobody would notice that it is written again.
-        self._settled = self.versions is not None and not self.moves
-        return y
-
-    def _operand(self, name: str, tensor: Tensor, alignment: int) -> Tensor:
-        """Contiguous, aligned, and on this device."""
-        if tensor.device != self.device:
-            raise ValueError(f"{name} is on {tensor.device}, the weight is on {self.device}: move one of them")
-        tensor = tensor.contiguous()
-        return tensor if tensor.data_ptr() % alignment == 0 else tensor.clone()
-
-
-def _versions(parts: Sequence[Tensor | None]) -> tuple[int, ...] | None:
-    """What tells that a tensor was written to; None for tensors made in inference mode, which do not count."""
-    try:
-        return tuple([-1 if part is None else part._version for part in parts])
-    except RuntimeError:
-        return None
+    return DeviceWeight(spec.core(), (codes, absmax, absmax_scale, absmax_offset), columns, moves)
 
 
 def dequantize(
@@ -267,7 +147,9 @@ def dequantize(
 ) -> Tensor:
     """The weight of shape ``codes.shape[:-1] + (columns,)`` in ``dtype``, on the device of the codes."""
     if codes.device.type == "cuda":
-        return DeviceWeight(codes, absmax, absmax_scale, absmax_offset, columns, spec).dequantize(dtype)
+        weight = device_weight(codes, absmax, absmax_scale, absmax_offset, columns, spec)
+        dense: Tensor = weight.dequantize(dtype)
+        return dense
     codes, absmax = codes.contiguous(), absmax.contiguous()
     scale = None if absmax_scale is None else absmax_scale.contiguous()
     offset = None if absmax_offset is None else absmax_offset.contiguous()

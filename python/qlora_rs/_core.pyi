@@ -106,58 +106,54 @@ class DeviceStep:
 @final
 class DeviceWeight:
     """
-    A packed weight in device memory, checked once. The caller keeps its tensors alive, and makes a new one when they move.
+    A packed weight on a CUDA device, checked once, for calls that must cost the host little.
+
+    It stands for the memory that its tensors had when it was made, and does not keep them alive: `holds` tells whether they
+    are still the same. `parts` are codes, absmax, and of a doubly quantized weight its scales and offset, else None; the
+    weight's shape is that of the codes with `columns` in place of the last dimension. `moves`: copies on other streams bring
+    it to this memory, and it goes again, so each launch waits for what is before it on its stream, which waits for the copy.
     """
     def __new__(
-        cls,
-        /,
-        spec: Spec,
-        *,
-        layout: tuple[SupportsIndex, SupportsIndex, SupportsIndex],
-        codes: tuple[SupportsIndex, SupportsIndex],
-        absmax: tuple[SupportsIndex, SupportsIndex],
-        scale: tuple[SupportsIndex, SupportsIndex] | None,
-        offset: tuple[SupportsIndex, SupportsIndex] | None,
-    ) -> DeviceWeight:
+        cls, /, spec: Spec, parts: tuple[Any, Any, Any | None, Any | None], columns: SupportsIndex, moves: bool
+    ) -> DeviceWeight: ...
+    def dequantize(self, /, dtype: Any) -> Any:
         """
-        Scales are doubly quantized iff the spec says so; only then `scale` and `offset` are given.
+        The float weight, a new tensor of `dtype` (float32, bfloat16 or float16).
         """
-    def dequantize(
-        self,
-        /,
-        queue: tuple[SupportsIndex, SupportsIndex],
-        out: tuple[SupportsIndex, SupportsIndex],
-        dtype: SupportsIndex,
-    ) -> None:
+    @property
+    def device(self, /) -> Any: ...
+    def fuses(self, /, tokens: SupportsIndex, dtype: Any) -> bool:
         """
-        Write the float weight to `out` (elements of `dtype`).
+        Is the product of this many tokens in this dtype made without dequantizing the weight first?
+        """
+    def holds(self, /, codes: Any, absmax: Any, scale: Any | None, offset: Any | None) -> bool:
+        """
+        Are these the tensors, and has none of them been moved or restrided in place (as `module.to` moves)?
         """
     def linear(
-        self,
-        /,
-        queue: tuple[SupportsIndex, SupportsIndex],
-        tokens: SupportsIndex,
-        x: tuple[SupportsIndex, SupportsIndex],
-        y: tuple[SupportsIndex, SupportsIndex],
-        bias: tuple[SupportsIndex, SupportsIndex] | None,
-        lora: tuple[
-            tuple[SupportsIndex, SupportsIndex],
-            tuple[SupportsIndex, SupportsIndex],
-            SupportsIndex,
-            SupportsFloat | SupportsIndex,
-        ]
-        | None,
-        dtype: SupportsIndex,
-        settled: bool,
-    ) -> None:
+        self, /, x: Any, bias: Any | None, lora: tuple[Any, Any, SupportsFloat | SupportsIndex] | None = None
+    ) -> Any:
         """
-        y = x W^T + bias + lora scale * xa B^T in one kernel: x (tokens, in), y (tokens, out), bias (out) or None, and
-        `lora` None or (xa (tokens, r), B (out, r), r, scale); all of `dtype`, bfloat16 or float16. `settled` says that
-        nothing writes to the weight any more: it may then be fetched before the kernel before has ended.
+        x W^T + bias (+ scale * xa B^T, `lora` being xa (..., r), B (out, r) and scale), rounded once: x (..., in) in bfloat16
+        or float16, everything else in its dtype, where `fuses` says so.
         """
-    def most_fused_tokens(self, /, device: SupportsIndex) -> int:
+    def plain_linear(
+        self, /, x: Any, codes: Any, absmax: Any, scale: Any | None, offset: Any | None, bias: Any | None
+    ) -> Any | None:
         """
-        Up to how many tokens `linear` multiplies without dequantizing; 0: never.
+        `linear` without a term, for the plain call: x an ordinary tensor on the weight's device, contiguous, of few tokens in
+        bfloat16 or float16, the bias in the same dtype, no gradient wanted, no autocast, nobody watching, and the weight in
+        these tensors. None where anything is otherwise: whoever asked does it step by step.
+        """
+    @property
+    def shape(self, /) -> tuple[int, ...]:
+        """
+        The weight's shape.
+        """
+    @property
+    def versions(self, /) -> tuple[int, int, int, int] | None:
+        """
+        How often each part had been written to when `holds` was last asked; None where torch does not count.
         """
 
 @final
@@ -521,6 +517,11 @@ def swap_paths(a: str | PathLike[str], b: str | PathLike[str]) -> bool:
     """
     Let two existing paths of one file system change places in one step; false, and nothing has happened, where the file
     system cannot.
+    """
+
+def unwatched(tensor: Any) -> bool:
+    """
+    Is this a tensor like any other, and does nobody but perhaps a compiler watch the operators that are called?
     """
 
 BLOCK_SIZES: Final[list[int]]

@@ -11,10 +11,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._device import DeviceContext
 
-from qlora_rs import ops
-from qlora_rs._bridge import DeviceWeight
+from qlora_rs import _core, ops
+from qlora_rs._core import DeviceWeight
 from qlora_rs.packed import PackedTensor
 from qlora_rs.spec import QuantSpec
 
@@ -32,21 +31,7 @@ def applies(x: Tensor) -> bool:
 
 def unwatched(tensor: Tensor) -> bool:
     """Is this a tensor like any other, and does nobody watch the operators that are called?"""
-    return (
-        type(tensor) in _PLAIN
-        and not torch.compiler.is_compiling()
-        and torch._C._len_torch_dispatch_stack() == 0
-        and _only_devices_are_set()
-        and torch._C._functorch.peek_interpreter_stack() is None
-        and torch.autograd.forward_ad._current_level < 0
-        and not torch._C._get_tracing_state()
-    )
-
-
-def _only_devices_are_set() -> bool:
-    """`torch.set_default_device` and ``with torch.device(...)`` are function modes too, but watch nothing."""
-    depth = torch._C._len_torch_function_stack()
-    return all(isinstance(torch._C._get_function_stack_at(index), DeviceContext) for index in range(depth))
+    return not torch.compiler.is_compiling() and _core.unwatched(tensor)
 
 
 def device_weight(packed: PackedTensor) -> DeviceWeight:
@@ -68,30 +53,37 @@ def product_with_adapter(
         return None
     bias = None if bias is None else bias.to(x.dtype)
     xa = torch.nn.functional.linear(x, a.to(x.dtype))
-    return weight.linear(x, bias, (xa, b.to(x.dtype), scaling))
+    y: Tensor = weight.linear(x, bias, (xa, b.to(x.dtype), scaling))
+    return y
 
 
 class FrozenProduct:
-    """x W^T + b and its gradient over one packed weight, whose parameters are looked up anew at each call."""
+    """x W^T + b and its gradient over one packed weight, whose parameters are looked up anew at each call.
 
-    __slots__ = ("_weight", "columns", "spec")
+    Attributes:
+        columns: length of a row of W.
+        spec: how W is quantized.
+        known: the packed weight of the last call that looked for it.
+    """
+
+    __slots__ = ("columns", "known", "spec")
 
     def __init__(self, columns: int, spec: QuantSpec) -> None:
         self.columns = columns
         self.spec = spec
-        self._weight: DeviceWeight | None = None
+        self.known: DeviceWeight | None = None
 
     def weight(self, parts: Parts) -> DeviceWeight | None:
         """The packed weight of these parameters, checked again only when one of them is another, or has moved.
 
         None for tensors that are not what they seem (sharded ones, say): the operator knows how to refuse them.
         """
-        weight = self._weight
+        weight = self.known
         if weight is None or not weight.holds(*parts):
             if any(part is not None and type(part) not in _PLAIN for part in parts):
                 return None
             codes, absmax, scale, offset = parts
-            weight = self._weight = ops.device_weight(codes, absmax, scale, offset, self.columns, self.spec)
+            weight = self.known = ops.device_weight(codes, absmax, scale, offset, self.columns, self.spec)
         return weight
 
     def __call__(self, x: Tensor, parts: Parts, bias: Tensor | None) -> Tensor | None:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from qlora_rs import _bridge
+from qlora_rs._core import DeviceWeight
 from qlora_rs.packed import FLOAT_DTYPES, PackedShapes
 from qlora_rs.spec import QuantSpec
 
@@ -219,11 +220,13 @@ def _linear_backward(grad: Tensor, codes: Tensor, *packed: Any) -> Tensor:
     return grad @ weight
 
 
-def _device_weight(codes: Tensor, absmax: Tensor, scale: Tensor | None, offset: Tensor | None, *rest: Any) -> Any:
+def _device_weight(
+    codes: Tensor, absmax: Tensor, scale: Tensor | None, offset: Tensor | None, *rest: Any, moves: bool = False
+) -> DeviceWeight:
     if not codes.is_cuda:
         raise ValueError(f"x is on a CUDA device, the packed weight is on {codes.device}: move one of them")
     spec = _checked(codes, absmax, scale, offset, *rest)
-    return _bridge.DeviceWeight(codes, absmax, scale, offset, rest[0], spec)
+    return _bridge.device_weight(codes, absmax, scale, offset, rest[0], spec, moves=moves)
 
 
 def device_weight(
@@ -235,17 +238,15 @@ def device_weight(
     spec: QuantSpec,
     *,
     moves: bool = False,
-) -> _bridge.DeviceWeight:
+) -> DeviceWeight:
     """A packed weight on a CUDA device, its parts checked, for `device_linear`; ``moves``: copies bring it there."""
     codebook = None if spec.codebook is None else list(spec.codebook)
-    weight: _bridge.DeviceWeight = _device_weight(
-        codes, absmax, scale, offset, columns, spec.quant_type, spec.block_size, codebook
+    return _device_weight(
+        codes, absmax, scale, offset, columns, spec.quant_type, spec.block_size, codebook, moves=moves
     )
-    weight.moves = moves
-    return weight
 
 
-def device_linear(x: Tensor, weight: _bridge.DeviceWeight, bias: Tensor | None) -> Tensor:
+def device_linear(x: Tensor, weight: DeviceWeight, bias: Tensor | None) -> Tensor:
     """x W^T + b on a CUDA device, x float32, bfloat16 or float16; nothing is recorded for autograd."""
     _expect_width("x", "in_features", x, weight.shape[-1])
     if x.device != weight.device:
@@ -253,14 +254,16 @@ def device_linear(x: Tensor, weight: _bridge.DeviceWeight, bias: Tensor | None) 
     bias = None if bias is None else bias.to(x.dtype)
     columns = weight.shape[-1]
     if columns and weight.fuses(x.numel() // columns, x.dtype):
-        return weight.linear(x, bias)
+        y: Tensor = weight.linear(x, bias)
+        return y
     # Contiguous, so that a strided x has the bits of its copy.
     return torch.nn.functional.linear(x.contiguous(), weight.dequantize(x.dtype), bias)
 
 
-def device_linear_backward(grad: Tensor, weight: _bridge.DeviceWeight) -> Tensor:
+def device_linear_backward(grad: Tensor, weight: DeviceWeight) -> Tensor:
     """The gradient of x of `device_linear`: dY W."""
-    return grad.contiguous() @ weight.dequantize(grad.dtype)
+    dense: Tensor = weight.dequantize(grad.dtype)
+    return grad.contiguous() @ dense
 
 
 def _save_packed(ctx: Any, inputs: tuple[Any, ...]) -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from qlora_rs import _bridge, direct, ops
+from qlora_rs._core import DeviceWeight
 from qlora_rs.flat_product import FlatProduct
 from qlora_rs.pool import PagedBuffer, PagedPool
 from qlora_rs.spec import QuantSpec
@@ -112,7 +113,7 @@ class _Resident(NamedTuple):
     """A weight at some place of the device."""
 
     parts: direct.Parts
-    weight: _bridge.DeviceWeight | None  # on a CUDA device
+    weight: DeviceWeight | None  # on a CUDA device
 
 
 class PagedProduct:

@@ -67,7 +67,8 @@ def dequantize(packed: PackedTensor, dtype: torch.dtype | None = None) -> Tensor
     if packed.flat:
         return dequantize(packed.as_row(), dtype).view(packed.shape)
     if packed.codes.is_cuda and dtype in FLOAT_DTYPES and direct.unwatched(packed.codes):
-        return direct.device_weight(packed).dequantize(dtype)
+        dense: Tensor = direct.device_weight(packed).dequantize(dtype)
+        return dense
     _require_device(packed.codes)
     spec = packed.spec
     codebook = None if spec.codebook is None else list(spec.codebook)

@@ -48,15 +48,14 @@ def test_small_products(shape: tuple[int, int], double_quant: bool, dtype: torch
 
 @pytest.mark.parametrize(("columns", "tokens"), [(128, 13), (2304, 29)])
 def test_products_with_very_many_rows(columns: int, tokens: int) -> None:
-    # Made on the host: initcheck takes what kernels that it does not watch have written for unwritten.
-    weights = (
+    # Made and judged on the host: initcheck takes what kernels that it does not watch have written for unwritten.
+    source, x, xa, b = (
         torch.randn(shape).bfloat16() for shape in ((65_537, columns), (tokens, columns), (tokens, 5), (65_537, 5))
     )
-    source, x, xa, b = (values.cuda() for values in weights)
-    packed = qlora_rs.quantize(source)
-    weight = direct.device_weight(packed)
-    expected = x.double() @ qlora_rs.dequantize(packed, torch.float32).double().T + 0.5 * xa.double() @ b.double().T
-    got = weight.linear(x, None, (xa, b, 0.5)).double()
+    packed = qlora_rs.quantize(source.cuda())
+    want = qlora_rs.dequantize(packed, torch.float32).cpu()
+    expected = x.float() @ want.T + 0.5 * xa.float() @ b.float().T
+    got = direct.device_weight(packed).linear(x.cuda(), None, (xa.cuda(), b.cuda(), 0.5)).cpu().float()
     assert (got - expected).norm() / expected.norm() < 6e-3
 
 

@@ -21,7 +21,7 @@ def test_a_plain_tensor_that_nobody_watches_may() -> None:
         assert direct.unwatched(torch.ones(2))
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:FutureWarning")  # torch.func's own import
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # torch.func's own import
 def test_subclasses_modes_transforms_and_tracers_see_the_operator() -> None:
     class Subclass(torch.Tensor):
         pass

@@ -240,7 +240,7 @@ def test_quantize_model_free_function_accepts_parameters_that_require_grad() -> 
     assert not qlora_rs.dequantize(qlora_rs.quantize(weight)).requires_grad
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:FutureWarning")  # torch.func's own import
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # torch.func's own import
 @pytest.mark.parametrize("wants_grad", [False, True])
 def test_forward_mode_gradients_are_products_too(wants_grad):
     close = partial(torch.testing.assert_close, rtol=1e-4, atol=1e-4)

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -26,8 +26,11 @@ from qlora_rs.train.log import LOG_FILE, EvalEntry, Log, StepEntry, read_log
 from qlora_rs.train.loss import loss_sum
 from qlora_rs.train.optimizer import make_optimizer
 from qlora_rs.train.options import Plan, TrainOptions
+from qlora_rs.train.reproducible import settle_for_less
 from qlora_rs.train.schedule import learning_rate
 from qlora_rs.train.state import STATE_FILE, TrainingState, capture, restore, save_state
+
+T = TypeVar("T")
 
 StepCallback = Callable[[StepEntry, int], object]
 MessageCallback = Callable[[str], object]
@@ -136,22 +139,9 @@ class Trainer:
         started, stalled = time.monotonic(), self._stalled()
         options, step = self._options, self._step + 1
         rate = learning_rate(step, self._plan.steps, self._plan.warmup, options.lr)
-        torch.manual_seed(derived_seed(options.seed, "dropout", step))
         samples = self._stream.step(step)
         counted = sum(sample.counted_tokens for sample in samples)
-        loss = 0.0
-        self._model.train()
-        self._optimizer.zero_grad(set_to_none=True)
-        for batch in batches(samples, options.batch_size, self._pad_id):
-            with nullcontext() if self._fitted is None else self._fitted.step():
-                part = loss_sum(self._model, batch) / counted
-            loss += part.item()
-            if not math.isfinite(loss):
-                raise self._diverged(f"step {step}", f"the loss is {loss}")
-            # What a broken backward pass leaves, torch drops at the exit of the process, when the Python objects that
-            # checkpointing hung on it are gone: it would crash.
-            with self._interruption.held():
-                part.backward()
+        loss = self._as_torch_can(lambda: self._gradients(step, samples, counted))
         norm = torch.nn.utils.clip_grad_norm_(self._parameters, options.max_grad_norm or math.inf).item()
         if not math.isfinite(norm):
             raise self._diverged(f"step {step}", f"the gradient's norm is {norm}")
@@ -167,6 +157,35 @@ class Trainer:
             if self._callbacks.on_step is not None:
                 self._callbacks.on_step(entry, self._plan.steps)
 
+    def _gradients(self, step: int, samples: Sequence[Sample], counted: int) -> float:
+        """The loss of a step, its gradients left with the parameters; the same however often it is called."""
+        torch.manual_seed(derived_seed(self._options.seed, "dropout", step))
+        loss = 0.0
+        self._model.train()
+        self._optimizer.zero_grad(set_to_none=True)
+        for batch in batches(samples, self._options.batch_size, self._pad_id):
+            with nullcontext() if self._fitted is None else self._fitted.step():
+                part = loss_sum(self._model, batch) / counted
+            loss += part.item()
+            if not math.isfinite(loss):
+                raise self._diverged(f"step {step}", f"the loss is {loss}")
+            # What a broken backward pass leaves, torch drops at the exit of the process, when the Python objects that
+            # checkpointing hung on it are gone: it would crash.
+            with self._interruption.held():
+                part.backward()
+        return loss
+
+    def _as_torch_can(self, work: Callable[[], T]) -> T:
+        """Do what may be done twice, again where torch refused for want of an algorithm that gives the same bits."""
+        try:
+            return work()
+        except RuntimeError as error:
+            message = settle_for_less(error)
+            if message is None:
+                raise
+            self._callbacks.message(message)
+        return work()
+
     def _stalled(self) -> float:
         return 0.0 if self._fitted is None else self._fitted.stall_seconds
 
@@ -177,7 +196,9 @@ class Trainer:
             return
         started = time.monotonic()
         batch_size = self._options.batch_size
-        loss, counted = mean_loss(self._model, self._held_out, batch_size=batch_size, pad_id=self._pad_id)
+        loss, counted = self._as_torch_can(
+            lambda: mean_loss(self._model, self._held_out, batch_size=batch_size, pad_id=self._pad_id)
+        )
         if not math.isfinite(loss):
             raise self._diverged(f"after step {self._step}", f"the held-out loss is {loss}")
         entry = EvalEntry(self._step, loss, counted, time.monotonic() - started)

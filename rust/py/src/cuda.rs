@@ -2,8 +2,8 @@
 
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
-use qlora_core::{Layout, QuantSpec};
-use qlora_cuda::{CudaError, DevicePtr, DeviceScales, LowRank, Nested, Operands, Quantized, Queue};
+use qlora_core::Layout;
+use qlora_cuda::{CudaError, DevicePtr, Nested, Quantized, Queue};
 
 use crate::boundary::{IntoPyErr, Memory, expect};
 use crate::quantize::{Shape, float_type, layout_of};
@@ -26,7 +26,7 @@ impl IntoPyErr for CudaError {
 pub type QueueOf = (i32, usize);
 
 /// Launching can wait for room in the driver's queue, and a kernel's first use compiles it: not under the GIL.
-fn run<F>(py: Python<'_>, work: F) -> PyResult<()>
+pub fn run<F>(py: Python<'_>, work: F) -> PyResult<()>
 where
     F: FnOnce() -> Result<(), CudaError> + Send,
 {
@@ -90,110 +90,6 @@ fn nested_of(layout: &Layout, (codes, scale, offset): NestedMemory) -> PyResult<
     expect("scale", scale.1, layout.groups())?;
     expect("offset", offset.1, layout.experts())?;
     Ok(Nested { codes: pointer(codes), group_scale: pointer(scale), offset: pointer(offset) })
-}
-
-/// A packed weight in device memory, checked once. The caller keeps its tensors alive, and makes a new one when they move.
-#[pyclass(frozen, module = "qlora_rs._core")]
-pub struct DeviceWeight {
-    spec: QuantSpec,
-    layout: Layout,
-    codes: DevicePtr,
-    scales: DeviceScales,
-}
-
-#[pymethods]
-impl DeviceWeight {
-    /// Scales are doubly quantized iff the spec says so; only then `scale` and `offset` are given.
-    #[new]
-    #[pyo3(signature = (spec, *, layout, codes, absmax, scale, offset))]
-    fn new(
-        spec: &Spec,
-        layout: Shape,
-        codes: Memory,
-        absmax: Memory,
-        scale: Option<Memory>,
-        offset: Option<Memory>,
-    ) -> PyResult<Self> {
-        let layout = layout_of(spec, layout)?;
-        expect("codes", codes.1, layout.code_bytes())?;
-        let scales = scales_of(spec, &layout, absmax, scale, offset)?;
-        Ok(Self { spec: spec.inner.clone(), layout, codes: pointer(codes), scales })
-    }
-
-    /// Write the float weight to `out` (elements of `dtype`).
-    #[pyo3(signature = (queue, out, dtype))]
-    fn dequantize(&self, py: Python<'_>, queue: QueueOf, out: Memory, dtype: u8) -> PyResult<()> {
-        let dtype = float_type(dtype)?;
-        expect("out", out.1, self.layout.elements())?;
-        let (queue, out) = (queue_of(queue), pointer(out));
-        run(py, || {
-            // SAFETY: `_bridge.py` passes live contiguous tensors of this device, whose lengths were checked.
-            unsafe { qlora_cuda::dequantize(queue, &self.spec, &self.layout, self.codes, self.scales, out, dtype) }
-        })
-    }
-
-    /// Up to how many tokens `linear` multiplies without dequantizing; 0: never.
-    fn most_fused_tokens(&self, device: i32) -> PyResult<u32> {
-        qlora_cuda::most_fused_tokens(device, &self.spec, &self.layout, self.codes).map_err(IntoPyErr::into_py_err)
-    }
-
-    /// y = x W^T + bias + lora scale * xa B^T in one kernel: x (tokens, in), y (tokens, out), bias (out) or None, and
-    /// `lora` None or (xa (tokens, r), B (out, r), r, scale); all of `dtype`, bfloat16 or float16. `settled` says that
-    /// nothing writes to the weight any more: it may then be fetched before the kernel before has ended.
-    #[pyo3(signature = (queue, tokens, x, y, bias, lora, dtype, settled))]
-    #[allow(clippy::too_many_arguments)] // named at the only call, in _bridge.py
-    fn linear(
-        &self,
-        py: Python<'_>,
-        queue: QueueOf,
-        tokens: u32,
-        x: Memory,
-        y: Memory,
-        bias: Option<Memory>,
-        lora: Option<(Memory, Memory, usize, f32)>,
-        dtype: u8,
-        settled: bool,
-    ) -> PyResult<()> {
-        let dtype = float_type(dtype)?;
-        let (rows, columns, count) = (self.layout.rows(), self.layout.cols(), tokens as usize);
-        expect("x", x.1, count * columns)?;
-        expect("y", y.1, count * rows)?;
-        if let Some(bias) = bias {
-            expect("bias", bias.1, rows)?;
-        }
-        if let Some((xa, b, rank, _)) = lora {
-            expect("xa", xa.1, count * rank)?;
-            expect("B", b.1, rows * rank)?;
-        }
-        let lora =
-            lora.map(|(xa, b, rank, scale)| LowRank { xa: pointer(xa), b: pointer(b), scale, rank: rank as i32 });
-        let bias = bias.map_or(0, pointer);
-        let operands = Operands { x: pointer(x), y: pointer(y), bias, settled, lora, tokens, dtype };
-        let queue = queue_of(queue);
-        run(py, || {
-            // SAFETY: `_bridge.py` passes live contiguous tensors of this device, whose lengths were checked.
-            unsafe { qlora_cuda::linear_4bit(queue, &self.spec, &self.layout, self.codes, self.scales, &operands) }
-        })
-    }
-}
-
-/// Checked against the layout; the two parts of doubly quantized scales are there iff the spec says so.
-fn scales_of(
-    spec: &Spec,
-    layout: &Layout,
-    absmax: Memory,
-    scale: Option<Memory>,
-    offset: Option<Memory>,
-) -> PyResult<DeviceScales> {
-    let nested = spec.inner.double_quant();
-    expect("absmax", absmax.1, layout.blocks())?;
-    expect("scale", scale.map_or(0, |memory| memory.1), if nested { layout.groups() } else { 0 })?;
-    expect("offset", offset.map_or(0, |memory| memory.1), if nested { layout.experts() } else { 0 })?;
-    Ok(DeviceScales {
-        absmax: pointer(absmax),
-        group_scale: scale.map_or(0, pointer),
-        offset: offset.map_or(0, pointer),
-    })
 }
 
 /// Compile every kernel for this device now, so that none is compiled in a graph capture or a timed step.

@@ -5,12 +5,14 @@ mod checkpoint;
 mod cuda;
 mod cuda_optim;
 mod device;
+mod device_weight;
 mod dlpack;
 mod load;
 mod optim;
 mod paging;
 mod quantize;
 mod spec;
+mod torch;
 
 use pyo3::prelude::*;
 
@@ -24,11 +26,13 @@ mod _core {
     #[pymodule_export]
     use super::checkpoint::{pack_checkpoint, read_header, swap_paths};
     #[pymodule_export]
-    use super::cuda::{DeviceWeight, cuda_quantize, cuda_quantize_scratch, cuda_warmup};
+    use super::cuda::{cuda_quantize, cuda_quantize_scratch, cuda_warmup};
     #[pymodule_export]
     use super::cuda_optim::DeviceStep;
     #[pymodule_export]
     use super::device::driver_probe;
+    #[pymodule_export]
+    use super::device_weight::DeviceWeight;
     #[pymodule_export]
     use super::load::cuda_load;
     #[pymodule_export]
@@ -39,6 +43,8 @@ mod _core {
     use super::quantize::{dequantize, double_quantize, dynamic_map, linear, quantize, simd_level};
     #[pymodule_export]
     use super::spec::Spec;
+    #[pymodule_export]
+    use super::torch::unwatched;
 
     #[pymodule_export]
     #[allow(non_upper_case_globals)]

@@ -220,18 +220,15 @@ impl DeviceWeight {
     ) -> PyResult<Option<Tensor<'py>>> {
         let py = x.py();
         let torch = Torch::get(py)?;
-        if !torch.is_unwatched(x)? || torch.casts(py)? || device_of(x)? != self.ordinal {
+        let (shape, columns) = (shape_of(x)?, self.layout.cols());
+        let tokens =
+            shape.split_last().filter(|(last, _)| **last == columns).map_or(0, |(_, rest)| rest.iter().product());
+        if !self.fuses_tokens(tokens) || !torch.is_unwatched(x)? || torch.casts(py)? || device_of(x)? != self.ordinal {
             return Ok(None);
         }
         let dtype = x.getattr(intern!(py, "dtype"))?;
-        let (float, shape) = (torch.float_type(&dtype), shape_of(x)?);
-        let columns = self.layout.cols();
-        if !is_half(float) || shape.last() != Some(&columns) || columns == 0 || !is_contiguous(x)? {
-            return Ok(None);
-        }
-        let tokens = shape[..shape.len() - 1].iter().product();
-        let address = address_of(x)?;
-        if !self.fuses_tokens(tokens) || !address.is_multiple_of(ALIGNMENT) {
+        let (float, address) = (torch.float_type(&dtype), address_of(x)?);
+        if !is_half(float) || !is_contiguous(x)? || !address.is_multiple_of(ALIGNMENT) {
             return Ok(None);
         }
         let mut operands = Operands {

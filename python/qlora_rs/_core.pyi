@@ -460,6 +460,7 @@ def pack_checkpoint(
     source: str | PathLike[str],
     files: SupportsGetItem[int, str],
     packed: SupportsGetItem[int, str],
+    transposed: SupportsGetItem[int, str],
     destination: str | PathLike[str] | None,
     journal: str | PathLike[str] | None,
     finished_tensors: dict[str, str],
@@ -470,8 +471,9 @@ def pack_checkpoint(
     progress: Any | None,
 ) -> dict[str, Any]:
     """
-    Quantize the tensors named `packed` of `files` in the folder `source`, copy the others, and write safetensors files
-    into the existing folder `destination`; with none, only plan. What is finished gets a line in the existing file
+    Quantize the tensors named `packed` of `files` in the folder `source`, those that are `transposed` too as the matrices
+    (out, in) that the files hold as (in, out), copy the others, and write safetensors files into the existing folder
+    `destination`; with none, only plan. What is finished gets a line in the existing file
     `journal`. What was so already, by the SHA-256 of source tensors' outputs and of source files, is checked and kept.
 
     Returns `{"shards": [{"name", "tensors": [(name, dtype, shape, start, end), ...]}, ...], "source_sha256": {file: hex}}`.

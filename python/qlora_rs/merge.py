@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from torch import Tensor
 from qlora_rs.adapter_merge import MergedLayer, MergeReport, check_dtype, merge_weight, relative_error
 from qlora_rs.adapters import CONFIG_FILE, WEIGHTS_FILE, adapter_delta, read_adapter
 from qlora_rs.checkpoint import CheckpointInfo, inspect
-from qlora_rs.checkpoint.choice import FLOAT_DTYPES, expert_aliases
+from qlora_rs.checkpoint.choice import FLOAT_DTYPES, ExpertPlace, expert_places
 from qlora_rs.checkpoint.dequantized import READERS, open_float_source
 from qlora_rs.checkpoint.folder import resolve_destination
 from qlora_rs.checkpoint.journal import describe_command, describe_files
@@ -160,6 +160,21 @@ def merge(
     )
 
 
+@dataclass(frozen=True)
+class _Adapted:
+    """An adapter of a stored tensor, or of one of its matrices.
+
+    Attributes:
+        layer: the model's name of the layer.
+        pair: A and B.
+        place: where its weight is stored.
+    """
+
+    layer: str
+    pair: Pair
+    place: ExpertPlace
+
+
 class _Merger:
     """Makes the tensors of the merged model, one at a time, and keeps what is to be reported."""
 
@@ -169,7 +184,7 @@ class _Merger:
         reader: TensorReader,
         base: Callable[[str], Tensor] | None,
         config: Mapping[str, Any],
-        adapted: Mapping[str, tuple[str, Pair]],
+        adapted: Mapping[str, Sequence[_Adapted]],
         dtype: torch.dtype,
     ) -> None:
         self.info, self.reader, self.base = info, reader, base
@@ -197,7 +212,7 @@ class _Merger:
 
     def _make(self, name: str) -> Tensor:
         row = self.rows[name]
-        layer, pair = self.adapted.get(name, (name.removesuffix(".weight"), None))
+        adapters = self.adapted.get(name, ())
         base_error = None
         if row.kind == "packed":
             start = self._dequantized(name)
@@ -206,21 +221,40 @@ class _Merger:
                 if start.shape != dequantized.shape:
                     raise FormatError(f"has shape {list(dequantized.shape)}, but {list(start.shape)} in the base")
                 base_error = relative_error(dequantized, start)
-        elif pair is None:
+        elif not adapters:
             stored = self.reader.stored(name)
             return cast(stored, self.dtype) if row.dtype in FLOAT_DTYPES else stored
         else:
             start = self.reader.stored(name)
-        delta = None if pair is None else adapter_delta(self.config, pair)
-        merged, error = merge_weight(start, delta, self.dtype)
+        if any(each.place.number is not None for each in adapters):
+            merged, error = self._merge_stack(start, adapters)
+            layer = name.removesuffix(".weight")
+        else:
+            delta = adapter_delta(self.config, adapters[0].pair) if adapters else None
+            merged, error = merge_weight(start, delta, self.dtype)
+            layer = adapters[0].layer if adapters else name.removesuffix(".weight")
         self.layers[name] = MergedLayer(layer, error, base_error)
         return merged
+
+    def _merge_stack(self, start: Tensor, adapters: Sequence[_Adapted]) -> tuple[Tensor, float]:
+        """A stack of matrices with the adapters of some, and the largest rounding error of one."""
+        by_number = {each.place.number: each for each in adapters}
+        merged, largest = torch.empty(start.shape, dtype=self.dtype), 0.0
+        for number, matrix in enumerate(start):
+            each = by_number.get(number)
+            delta = None if each is None else adapter_delta(self.config, each.pair)
+            if each is not None and delta is not None and each.place.transposed:
+                delta = delta.T
+            merged[number], error = merge_weight(matrix, delta, self.dtype)
+            largest = max(largest, error)
+        return merged, largest
 
     def _dequantized(self, name: str) -> Tensor:
         if name in self.reader.source.foreign:
             return self.reader.stored(name)
         assert self.info.spec is not None
-        return self.reader.dequantized(name, self.rows[name].shape, self.info.spec)
+        row = self.rows[name]
+        return self.reader.dequantized(name, row.shape, self.info.spec, transposed=row.transposed)
 
 
 def _check_model(info: CheckpointInfo, base: Path | None) -> list[str]:
@@ -246,33 +280,36 @@ def _check_model(info: CheckpointInfo, base: Path | None) -> list[str]:
 
 def _adapted_tensors(
     info: CheckpointInfo, source: Source, adapter: Path, pairs: Mapping[str, Pair]
-) -> dict[str, tuple[str, Pair]]:
-    """Per tensor that has an adapter: the layer's name, A and B. Everything is checked here, before any work."""
+) -> dict[str, list[_Adapted]]:
+    """The adapters of each tensor that has some. Everything is checked here, before any work."""
     rows = {row.name: row for row in info.tensors}
-    adapted: dict[str, tuple[str, Pair]] = {}
+    adapted: dict[str, list[_Adapted]] = {}
     missing: list[str] = []
-    aliases = expert_aliases(source) if any(".experts." in layer for layer in pairs) else {}
+    find_expert = expert_places(source) if any(".experts." in layer for layer in pairs) else lambda name: None
     for layer, (a, b) in pairs.items():
-        name = stored_name(f"{layer}.weight", rows) or aliases.get(f"{layer}.weight")
+        name = stored_name(f"{layer}.weight", rows)
+        place = find_expert(f"{layer}.weight") if name is None else ExpertPlace(name)
+        name = None if place is None else place.name
         if _is_tied(layer, name, source.config):
             raise UnsupportedError(
                 f"{adapter}: {layer} is tied to the embedding in {info.path}, which the adapter would change too. "
                 f"Train without {layer.rpartition('.')[2]!r} in target_modules; or untie the two before quantizing: "
                 "store the head's weight in the files and set tie_word_embeddings to false"
             )
-        if name is None:
+        if name is None or place is None:
             missing.append(layer)
             continue
         row = rows[name]
         shape = (b.shape[0], a.shape[1])
-        if row.shape != shape:
+        stored = row.float_shape if place.number is None else row.float_shape[1:]
+        if (stored[::-1] if place.transposed else stored) != shape:
             raise FormatError(
                 f"{adapter}: {layer}: the adapter is for a weight of {list(shape)}, {name} of {info.path} has "
-                f"{list(row.shape)}; is this adapter for another model?"
+                f"{list(row.float_shape)}; is this adapter for another model?"
             )
         if row.kind != "packed" and row.dtype not in FLOAT_DTYPES:
             raise UnsupportedError(f"{adapter}: {layer}: the model's weight is {row.dtype}, which takes no adapter")
-        adapted[name] = (layer, (a, b))
+        adapted.setdefault(name, []).append(_Adapted(layer, (a, b), place))
     if missing:
         raise FormatError(
             f"{adapter}: adapters of {len(missing)} layers that {info.path} lacks, e.g. {missing[0]}; "

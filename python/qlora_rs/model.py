@@ -20,7 +20,7 @@ from qlora_rs.checkpoint.choice import choose_tensors
 from qlora_rs.checkpoint.dequantized import open_float_source
 from qlora_rs.checkpoint.flat import METHOD as FLAT_METHOD
 from qlora_rs.checkpoint.gguf_source import round_kept
-from qlora_rs.checkpoint.inspection import inspect
+from qlora_rs.checkpoint.inspection import PackedLayout, inspect
 from qlora_rs.checkpoint.placing import DeviceFolder, packed_parts
 from qlora_rs.checkpoint.source import (
     Source,
@@ -33,7 +33,16 @@ from qlora_rs.checkpoint.source import (
 from qlora_rs.checkpoint.weights import TensorReader
 from qlora_rs.devices import resolve_device
 from qlora_rs.errors import FormatError, NonFiniteError, UnsupportedError, first_line, require_extra
-from qlora_rs.experts import FUSED, PackedExperts, is_experts, why_not_packed
+from qlora_rs.experts import (
+    BIASES,
+    FUSED,
+    PackedExperts,
+    has_biases,
+    is_experts,
+    logical_shape,
+    quantize_transposed,
+    why_not_packed,
+)
 from qlora_rs.linear import Linear4bit
 from qlora_rs.lora import replace_module
 from qlora_rs.packed import FLOAT_DTYPES, PackedTensor
@@ -160,7 +169,7 @@ def quantize_model(
     _check_weights(weights)
     chosen = (*layers, *fused)
     before = _bytes(model)
-    entries = []
+    entries, biases = [], []
     done, total = 0, sum(weight.nbytes for weight in weights.values())
     weights.clear()
     for name in tuple(layers):
@@ -181,10 +190,11 @@ def quantize_model(
         for part in FUSED:
             weight = module.get_parameter(part)
             after = sum(cast(Linear4bit, cast(nn.ModuleDict, each)[part]).packed().nbytes for each in experts)
-            dtype = str(weight.dtype).removeprefix("torch.")
-            entries.append(
-                PackedEntry(f"{name}.{part}", tuple(weight.shape), dtype, spec.describe(), weight.nbytes, after)
-            )
+            dtype, shape = str(weight.dtype).removeprefix("torch."), logical_shape(module, part)
+            entries.append(PackedEntry(f"{name}.{part}", shape, dtype, spec.describe(), weight.nbytes, after))
+            if has_biases(module):
+                bias = BIASES[part]
+                biases.append(SkippedEntry(f"{name}.{bias}", "bias", module.get_parameter(bias).nbytes))
             done += weight.nbytes
         if progress is not None:
             progress(done, total)
@@ -192,7 +202,8 @@ def quantize_model(
         from qlora_rs.integrations.transformers import adopt
 
         adopt(model, spec, [name for name in reasons if name not in skipped_experts])
-    return QuantizeReport(tuple(entries), _kept(model, chosen, reasons), before, _bytes(model))
+    kept = (*_kept(model, chosen, reasons), *biases)
+    return QuantizeReport(tuple(entries), kept, before, _bytes(model))
 
 
 def _fused_experts(
@@ -351,8 +362,12 @@ def _load_quantizing(transformers: Any, folder: Path, dtype: torch.dtype, spec: 
         config = transformers.AutoConfig.from_pretrained(
             str(config_folder), local_files_only=True, trust_remote_code=False
         )
-        shapes = {name: source.tensors[name].shape for name in choice.packed}
-        config.quantization_config = {**QloraRsConfig.of(spec).to_dict(), "awaited": shapes}
+        transposed = set(choice.transposed)
+        layouts = {
+            name: PackedLayout(choice.packed_shape(source.tensors[name]), flat=False, transposed=name in transposed)
+            for name in choice.packed
+        }
+        config.quantization_config = {**QloraRsConfig.of(spec).to_dict(), "awaited": layouts}
         generation = _generation_config(transformers, str(config_folder))
         cls = _concrete(_model_class(transformers, config_folder), config)
         model, loading = _build(cls, None, dtype, config=config, state_dict=kept, generation_config=generation)
@@ -360,7 +375,8 @@ def _load_quantizing(transformers: Any, folder: Path, dtype: torch.dtype, spec: 
 
     def packed(name: str, shape: tuple[int, ...], float_dtype: torch.dtype) -> PackedTensor:
         try:
-            return replace(quantize(reader.stored(name).to(device), spec), dtype=float_dtype)
+            pack = quantize_transposed if name in transposed else quantize
+            return replace(pack(reader.stored(name).to(device), spec), dtype=float_dtype)
         except NonFiniteError as error:
             raise NonFiniteError(f"{folder / source.tensors[name].file}: {name}: {error}") from None
 

@@ -312,12 +312,12 @@ def test_experts_of_another_size_than_config_json_says_are_a_format_error(source
 
 
 def test_experts_that_are_computed_in_another_way_stay_with_the_reason() -> None:
-    from transformers import GptOssConfig, GptOssForCausalLM
+    from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHExperts
 
-    shape = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
-    config = GptOssConfig(**shape, num_key_value_heads=2, head_dim=16, vocab_size=50, num_local_experts=2)
-    model = GptOssForCausalLM(config)
+    sizes = {"n_routed_experts": 2, "hidden_size": 64, "moe_intermediate_size": 33, "moe_latent_size": None}
+    config = type("Config", (), {**sizes, "mlp_hidden_act": "relu2"})()
+    model = torch.nn.ModuleDict({"experts": NemotronHExperts(config), "o_proj": torch.nn.Linear(64, 5)})
     report = qlora_rs.quantize_model(model)
     assert not experts_of(model)
     reasons = {entry.name: entry.reason for entry in report.skipped}
-    assert "no code for such experts" in reasons["model.layers.0.mlp.experts.gate_up_proj"]
+    assert "no code for such experts (has_gate False" in reasons["experts.up_proj"]

@@ -150,10 +150,10 @@ def _source_names(info: CheckpointInfo, source: Source) -> dict[str, str]:
         if name is None:
             raise FormatError(f"{source.path}: holds no {row.name!r}, which {info.path} has packed: another model?")
         tensor = source.tensors[name]
-        if tensor.shape != row.shape:
+        if tensor.shape != row.float_shape:
             raise FormatError(
                 f"{source.path / tensor.file}: tensor {name!r} has shape {list(tensor.shape)}, but "
-                f"{list(row.shape)} in {info.path}: another model?"
+                f"{list(row.float_shape)} in {info.path}: another model?"
             )
         if tensor.dtype not in VALUE_DTYPES:
             raise UnsupportedError(
@@ -187,6 +187,7 @@ class _Weight:
         self.sum_abs = self.squares = self.max_abs = self.source_squares = 0.0
         self.sum_steps = self.squares_steps = self.max_steps = 0.0
         self.matrices = 0
+        self._matrix: tuple[int, Tensor] | None = None
 
     def add_all(self, folder: Path) -> None:
         """Read the weight; ``folder`` is for messages."""
@@ -215,9 +216,13 @@ class _Weight:
         assert self.original_name is not None
         tensor = self.original.source.tensors[self.original_name]
         dtype = VALUE_DTYPES[tensor.dtype]
-        size = dtype.itemsize
-        stored = self.original.read(self.original_name, first * size, count * size).view(dtype)
-        source = stored.view(values.shape).float()
+        if self.row.transposed:
+            matrix, column = self._turned(self.original, self.original_name, dtype, first)
+            source = matrix[:, column : column + len(values)].T.float()
+        else:
+            size = dtype.itemsize
+            stored = self.original.read(self.original_name, first * size, count * size).view(dtype)
+            source = stored.view(values.shape).float()
         error = values - source
         steps = (self.step * absmax).repeat_interleave(self.spec.block_size, dim=1)[:, : values.shape[1]]
         in_steps = (error / steps)[steps > 0]
@@ -233,6 +238,18 @@ class _Weight:
             low, high = STEP_EDGES[0], STEP_EDGES[-1]
             inside = in_steps.clamp(low, high)
             self.step_counts += torch.histc(inside, len(self.step_counts), low, high).long()
+
+    def _turned(self, original: SliceReader, name: str, dtype: torch.dtype, first: int) -> tuple[Tensor, int]:
+        """The source's matrix (in, out) that holds element ``first`` of the packed one, and the column that begins
+        there; it is kept for the next slice.
+        """
+        _, rows, columns = matrices(self.shape)
+        expert, row = divmod(first // columns, rows)
+        if self._matrix is None or self._matrix[0] != expert:
+            self._matrix = None  # before the next is read
+            size = rows * columns * dtype.itemsize
+            self._matrix = expert, original.read(name, expert * size, size).view(dtype).view(columns, rows)
+        return self._matrix[1], row
 
     def _end_matrix(self, absmax: Tensor, rms: float, expert: int) -> None:
         self.matrices += 1

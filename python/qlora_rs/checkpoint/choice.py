@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import difflib
 import json
+import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -20,7 +21,7 @@ from qlora_rs.checkpoint.expert_names import expert_tensors
 from qlora_rs.checkpoint.renaming import Renamer
 from qlora_rs.checkpoint.source import CONFIG, Source, StoredTensor
 from qlora_rs.errors import FormatError, UnsupportedError, first_line, require_extra
-from qlora_rs.experts import why_not_packed
+from qlora_rs.experts import logical_shape, why_not_packed
 from qlora_rs.selection import matches, select_linear
 
 FLOAT_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
@@ -38,12 +39,21 @@ class Choice:
         reasons: of every other tensor, why it stays.
         not_converted: names of Linear modules that stay, for ``modules_to_not_convert``.
         notes: for the report.
+        transposed: those of ``packed`` that the files hold as (experts, in, out), and that are packed as (experts, out,
+            in).
     """
 
     packed: tuple[str, ...]
     reasons: dict[str, str]
     not_converted: tuple[str, ...]
     notes: tuple[str, ...] = ()
+    transposed: tuple[str, ...] = ()
+
+    def packed_shape(self, tensor: StoredTensor) -> tuple[int, ...]:
+        """Logical shape, (..., out, in), of what is packed of a tensor."""
+        if tensor.name not in self.transposed:
+            return tensor.shape
+        return (*tensor.shape[:-2], tensor.shape[-1], tensor.shape[-2])
 
 
 @dataclass
@@ -53,6 +63,7 @@ class _Draft:
     not_converted: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     experts: dict[str, str] = field(default_factory=dict)  # the module of each tensor of fused experts
+    transposed: set[str] = field(default_factory=set)
 
 
 def choose_tensors(
@@ -99,7 +110,8 @@ def choose_tensors(
             f"{source.path}: nothing to pack: no Linear weight is left; --include PATTERN adds others"
         )
     reasons = {name: draft.reasons[name] for name in source.tensors if name not in draft.packed}
-    return Choice(packed, reasons, tuple(draft.not_converted), tuple(draft.notes))
+    transposed = tuple(name for name in packed if name in draft.transposed)
+    return Choice(packed, reasons, tuple(draft.not_converted), tuple(draft.notes), transposed)
 
 
 def meta_model(source: Source) -> nn.Module:
@@ -162,7 +174,9 @@ def _choose_by_model(
     for name, tensor in source.tensors.items():
         owner = owners.get(parameter_of.get(name, ""))
         if name in experts:
-            _check_shape(source, experts[name].shape(model.get_submodule(experts[name].module)), tensor)
+            _check_shape(source, experts[name].float_shape(model.get_submodule(experts[name].module)), tensor)
+            if experts[name].transposed:
+                draft.transposed.add(name)
             draft.packed.add(name)
             draft.experts[name] = experts[name].module
             reason = ""
@@ -212,24 +226,50 @@ def parameter_names(source: Source, model: nn.Module) -> tuple[dict[str, str], s
     return names, fused
 
 
-def expert_aliases(source: Source) -> dict[str, str]:
-    """The files' names of single experts' weights, by those that `qlora_rs.experts.PackedExperts` gives them."""
+class ExpertPlace(NamedTuple):
+    """Where the files hold a single expert's weight.
+
+    Attributes:
+        name: of the tensor.
+        number: which of its matrices; None: it is one.
+        transposed: in floats its matrices are (in, out).
+    """
+
+    name: str
+    number: int | None = None
+    transposed: bool = False
+
+
+def expert_places(source: Source) -> Callable[[str], ExpertPlace | None]:
+    """Finds the weights of single experts by the names that `qlora_rs.experts.PackedExperts` gives them."""
     try:
-        tensors = expert_tensors(source.tensors, meta_model(source))
+        model = meta_model(source)
+        tensors = expert_tensors(source.tensors, model)
     except UnsupportedError:
-        return {}
-    return {
-        f"{each.module}.{each.expert}.{each.child}.weight": name
-        for name, each in tensors.items()
-        if each.expert is not None
-    }
+        return lambda name: None
+    places: dict[tuple[str, int | None, str], tuple[str, int, bool]] = {}
+    for name, each in tensors.items():
+        count = logical_shape(model.get_submodule(each.module), each.parameter)[0]
+        places[each.module, each.expert, each.child] = name, count, each.transposed
+
+    def find(name: str) -> ExpertPlace | None:
+        parts = re.fullmatch(r"(.*)\.(\d+)\.([^.]+)\.weight", name)
+        if parts is None:
+            return None
+        module, number, child = parts[1], int(parts[2]), parts[3]
+        if (module, number, child) in places:
+            return ExpertPlace(places[module, number, child][0])
+        stacked, count, transposed = places.get((module, None, child), ("", 0, False))
+        return ExpertPlace(stacked, number, transposed) if number < count else None
+
+    return find
 
 
 def _reason(name: str, tensor: StoredTensor, module: nn.Module) -> str:
     kind = type(module).__name__
     if isinstance(module, nn.Embedding):
         return "embedding"
-    if name.endswith(".bias"):
+    if name.endswith((".bias", "_bias")):
         return "bias"
     if len(tensor.shape) < 2:
         return f"{kind}: not a matrix"

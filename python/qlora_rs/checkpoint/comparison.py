@@ -25,6 +25,7 @@ from qlora_rs.checkpoint.slices import (
     count_differing,
     element_ranges,
     kept_values,
+    matrices,
     packed_values,
 )
 from qlora_rs.checkpoint.source import open_source, require_model
@@ -115,6 +116,14 @@ class _Side:
             return packed_values(self.reader, row, spec, first, count)
         return kept_values(self.reader, row, first, count)
 
+    def matrix(self, row: TensorRow, number: int) -> Tensor:
+        """One of a stack of matrices as the model in floats lays it out, flat."""
+        _, rows, columns = matrices(row.shape)
+        above = number * rows * columns
+        ranges = element_ranges((rows, columns), whole_rows=True)
+        found = torch.cat([self.values(row, above + first, count) for first, count in ranges])
+        return found.view(rows, columns).T.flatten() if row.transposed else found
+
 
 def _compare(name: str, a: _Side, b: _Side, counter: ByteCounter) -> TensorDiff:
     row_a, row_b = a.rows.get(name), b.rows.get(name)
@@ -123,18 +132,23 @@ def _compare(name: str, a: _Side, b: _Side, counter: ByteCounter) -> TensorDiff:
         return TensorDiff(name, "only_in_a" if row_b is None else "only_in_b", row_a, row_b)
     reasons = _reasons(row_a, row_b, a, b)
     end = counter.done + row_a.bytes + row_b.bytes
-    parts = _parts(row_a, row_b, a, b, counter) if row_a.shape == row_b.shape else []
+    alike = row_a.float_shape == row_b.float_shape
+    parts = _parts(row_a, row_b, a, b, counter) if alike and row_a.shape == row_b.shape else []
     counter.add(end - counter.done)
     if not reasons and not any(part.differing for part in parts):
         return TensorDiff(name, "same", row_a, row_b, tuple(parts))
     distance = None
-    if row_a.shape == row_b.shape and all(row.kind == "packed" or row.dtype in VALUE_DTYPES for row in (row_a, row_b)):
+    if alike and all(row.kind == "packed" or row.dtype in VALUE_DTYPES for row in (row_a, row_b)):
         distance = _Distance()
         whole_rows = any(
             row.kind == "packed" and not row.flat and side.flat(row) is None for row, side in ((row_a, a), (row_b, b))
         )
-        for first, count in element_ranges(row_a.shape, whole_rows):
-            distance.add(a.values(row_a, first, count), b.values(row_b, first, count))
+        if row_a.transposed != row_b.transposed:
+            for number in range(math.prod(row_a.shape[:-2]) if row_a.elements else 0):
+                distance.add(a.matrix(row_a, number), b.matrix(row_b, number))
+        else:
+            for first, count in element_ranges(row_a.shape, whole_rows):
+                distance.add(a.values(row_a, first, count), b.values(row_b, first, count))
     if distance is None:
         return TensorDiff(name, "different", row_a, row_b, tuple(parts), tuple(reasons))
     return TensorDiff(
@@ -155,8 +169,8 @@ def _compare(name: str, a: _Side, b: _Side, counter: ByteCounter) -> TensorDiff:
 def _reasons(row_a: TensorRow, row_b: TensorRow, a: _Side, b: _Side) -> list[str]:
     """How two tensors of one name differ before their data is looked at."""
     reasons = []
-    if row_a.shape != row_b.shape:
-        reasons.append(f"shape {list(row_a.shape)} / {list(row_b.shape)}")
+    if row_a.float_shape != row_b.float_shape:
+        reasons.append(f"shape {list(row_a.float_shape)} / {list(row_b.float_shape)}")
     spec_a, spec_b = a.spec_of(row_a), b.spec_of(row_b)
     if spec_a is not None and spec_b is not None:
         for field in fields(QuantSpec):
@@ -178,6 +192,9 @@ def _layout_reasons(row_a: TensorRow, row_b: TensorRow, a: _Side, b: _Side) -> I
         types = [side.reader.source.tensors[row.name].dtype for side, row in ((a, row_a), (b, row_b))]
         if types[0] != types[1]:
             yield f"codes stored as {types[0]} / {types[1]}"
+    elif row_a.transposed != row_b.transposed:
+        layouts = ["transposed" if row.transposed else "as it is" for row in (row_a, row_b)]
+        yield f"packed {layouts[0]} / {layouts[1]}"
     elif row_a.flat != row_b.flat:
         layouts = ["flat" if row.flat else "by rows" for row in (row_a, row_b)]
         yield f"blocks {layouts[0]} / {layouts[1]}"
@@ -195,6 +212,8 @@ def _parts(row_a: TensorRow, row_b: TensorRow, a: _Side, b: _Side, counter: Byte
         ]
         return [_part(whole[0], whole[1], counter)]
     if spec_a is None or spec_b is None or spec_a.values != spec_b.values:
+        return []
+    if row_a.transposed != row_b.transposed:
         return []
     if row_a.flat != row_b.flat and (a.flat(row_a) is None or b.flat(row_b) is None):
         return []

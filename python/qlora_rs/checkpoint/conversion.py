@@ -160,7 +160,11 @@ def convert(
     if to == METHOD and info.format == "float":
         choice = choose_tensors(source)
         notes += choice.notes
-        info = mark_packed(info, choice.packed)
+        matrices = [name for name in choice.packed if len(source.tensors[name].shape) == 2]
+        if len(matrices) < len(choice.packed):
+            stacks = [name for name in choice.packed if len(source.tensors[name].shape) != 2]
+            notes.append(f"{len(stacks)} stacks of experts stay as they are: {METHOD} packs matrices; e.g. {stacks[0]}")
+        info = mark_packed(info, matrices)
     job = Job(info, source, TensorReader(source), stored_spec, max_shard_size)
     to_hash = source.file_bytes if source.foreign and to == "native" and not dry_run else 0
     advance = ByteCounter(progress, (source.total_bytes if to_hash else info.total_bytes) + to_hash).add

@@ -27,6 +27,9 @@ READERS: Mapping[str, Callable[[FolderReader], dict[str, ForeignWeight]]] = {
     compressed_tensors.METHOD: compressed_tensors.read_weights,
 }
 
+# As GPT-OSS is published.
+_MXFP4 = "mxfp4"
+
 
 def open_float_source(path: Path) -> Source:
     """Open a folder in 16 or 32 bits, or what is read as if it were: GPTQ, AWQ, packed compressed-tensors, a GGUF file.
@@ -65,7 +68,14 @@ def read_foreign(source: Source, config: Mapping[str, Any], *, whole: bool = Tru
         FormatError: parts are missing, or do not fit together.
         UnsupportedError: a variant of the format that is not read.
     """
-    read = READERS.get(str(config.get("quant_method")))
+    method = str(config.get("quant_method"))
+    read = READERS.get(method)
+    if method == _MXFP4:
+        raise UnsupportedError(
+            f"{source.path}: its experts are quantized in MXFP4, which is not read. transformers makes a bfloat16 "
+            "folder of it: AutoModelForCausalLM.from_pretrained(SRC, quantization_config=Mxfp4Config(dequantize=True))"
+            ".save_pretrained(DST); start from that"
+        )
     if read is None:
         return None
     return read(FolderReader(source, config, StoredReader(source).read, whole))

@@ -5,13 +5,16 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from qlora_rs.checkpoint.renaming import Renamer
 from qlora_rs.errors import FormatError, UnsupportedError
-from qlora_rs.experts import DOWN, FUSED, GATE_UP, packable_experts
+from qlora_rs.experts import DOWN, FUSED, GATE_UP, has_biases, is_transposed, logical_shape, packable_experts
+
+if TYPE_CHECKING:
+    from qlora_rs.checkpoint.inspection import PackedLayout
 
 # Operations of transformers' loader that stack experts, and set gate and up one above the other.
 _STACK, _ABOVE = "MergeModulelist", "Concatenate"
@@ -27,6 +30,7 @@ class ExpertTensor:
         expert: which expert's; None: of all, stacked.
         child: what the files call this matrix of an expert, e.g. ``"w1"``.
         place: which part of the parameter's rows, from above; ``places`` of them make it up.
+        transposed: a file of floats holds it as (experts, in, out); packed it is (experts, out, in) all the same.
     """
 
     module: str
@@ -35,11 +39,17 @@ class ExpertTensor:
     child: str
     place: int = 0
     places: int = 1
+    transposed: bool = False
 
     def shape(self, fused: nn.Module) -> tuple[int, ...]:
-        """The shape that the tensor has to have."""
-        experts, rows, columns = fused.get_parameter(self.parameter).shape
+        """The shape that the tensor has to have: a packed one's logical shape."""
+        experts, rows, columns = logical_shape(fused, self.parameter)
         return (experts, rows, columns) if self.expert is None else (rows // self.places, columns)
+
+    def float_shape(self, fused: nn.Module) -> tuple[int, ...]:
+        """The shape that it has to have in a file of floats."""
+        *lead, rows, columns = self.shape(fused)
+        return (*lead, columns, rows) if self.transposed else (*lead, rows, columns)
 
 
 def expert_tensors(names: Iterable[str], model: nn.Module) -> dict[str, ExpertTensor]:
@@ -54,8 +64,9 @@ def expert_tensors(names: Iterable[str], model: nn.Module) -> dict[str, ExpertTe
         new, pattern = renamer.rename(name)
         module, parameter = parameters.get(new, ("", ""))
         if module and pattern is None:
-            found[name] = ExpertTensor(module, parameter, None, parameter)
-        elif module:
+            transposed = is_transposed(modules[module])
+            found[name] = ExpertTensor(module, parameter, None, parameter, transposed=transposed)
+        elif module and not is_transposed(modules[module]) and not has_biases(modules[module]):
             part = _part(renamer.converters, str(pattern), parameter)
             number = re.search(r"\.(\d+)\.[^.]+\.weight$", name)
             if part is not None and number is not None:
@@ -102,19 +113,20 @@ class StoredExperts:
         return {name for names in self.names.values() for name in ((names,) if isinstance(names, str) else names)}
 
 
-def stored_experts(shapes: Mapping[str, tuple[int, ...]], model: nn.Module, where: str) -> dict[str, StoredExperts]:
+def stored_experts(layouts: Mapping[str, PackedLayout], model: nn.Module, where: str) -> dict[str, StoredExperts]:
     """The modules of experts whose weights are among the packed ones, by the modules' names.
 
     Args:
-        shapes: of all packed weights.
+        layouts: of all packed weights.
         model: of transformers, its experts still fused.
         where: the folder, for messages.
 
     Raises:
-        UnsupportedError: some of a module's weights are packed, and others are not.
+        UnsupportedError: some of a module's weights are packed, and others are not, or they are packed along the other
+            dimension than experts are computed with.
         FormatError: one has another shape than the model asks for.
     """
-    tensors = expert_tensors(shapes, model)
+    tensors = expert_tensors(layouts, model)
     by_module: dict[str, dict[str, ExpertTensor]] = {}
     for name, tensor in tensors.items():
         by_module.setdefault(tensor.module, {})[name] = tensor
@@ -122,9 +134,17 @@ def stored_experts(shapes: Mapping[str, tuple[int, ...]], model: nn.Module, wher
     for module_name, parts in by_module.items():
         fused = model.get_submodule(module_name)
         for name, tensor in parts.items():
-            if shapes[name] != tensor.shape(fused):
+            shape, _, transposed = layouts[name]
+            if transposed != tensor.transposed:
+                packed, computed = ("transposed", "as it is") if transposed else ("as it is", "transposed")
+                raise UnsupportedError(
+                    f"{where}: {name!r} is packed {packed}, but {type(fused).__name__} is computed from experts that "
+                    f"are packed {computed}: quantize the 16-bit model again, or `qlora-rs convert --to bf16` "
+                    "dequantizes it"
+                )
+            if shape != tensor.shape(fused):
                 raise FormatError(
-                    f"{where}: the packed weight {name!r} has shape {list(shapes[name])}, but config.json asks for "
+                    f"{where}: the packed weight {name!r} has shape {list(shape)}, but config.json asks for "
                     f"{list(tensor.shape(fused))}: it is of another model"
                 )
         result[module_name] = _whole(module_name, fused, parts, where)

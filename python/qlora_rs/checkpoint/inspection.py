@@ -46,6 +46,7 @@ class TensorRow:
         bytes: bytes of all its parts.
         file: the file that holds it.
         flat: the blocks of a packed tensor run over the ends of its rows, as bitsandbytes has them.
+        transposed: the model in floats holds each matrix of a packed tensor as (in, out).
     """
 
     name: str
@@ -55,6 +56,12 @@ class TensorRow:
     bytes: int
     file: str
     flat: bool = False
+    transposed: bool = False
+
+    @property
+    def float_shape(self) -> tuple[int, ...]:
+        """Shape of the tensor in the model in floats."""
+        return (*self.shape[:-2], self.shape[-1], self.shape[-2]) if self.transposed else self.shape
 
     @property
     def elements(self) -> int:
@@ -290,14 +297,34 @@ def _packed_row(source: Source, codes: StoredTensor, spec: QuantSpec) -> TensorR
         expect_tensor(source, codes.file, codes.name + part, dtype, part_shape, spec.describe()).nbytes
         for part, (dtype, part_shape) in expected.items()
     )
-    return TensorRow(codes.name, "packed", spec.quant_type, shape, total, codes.file, flat)
+    transposed = _is_transposed(source, codes, shape, flat)
+    return TensorRow(codes.name, "packed", spec.quant_type, shape, total, codes.file, flat, transposed)
+
+
+def _is_transposed(source: Source, codes: StoredTensor, shape: tuple[int, ...], flat: bool) -> bool:
+    """Whether the metadata says that the model in floats holds the weight's matrices as (in, out)."""
+    key = f"{codes.name}.transposed"
+    recorded = source.metadata[codes.file].get(key)
+    if recorded is not None and (recorded != "true" or flat or len(shape) < 2):
+        raise FormatError(
+            f"{source.path / codes.file}: metadata {key!r}: expected 'true', of matrices that are packed by rows; got "
+            f"{recorded!r} of shape {list(shape)}"
+        )
+    return recorded is not None
 
 
 class PackedLayout(NamedTuple):
-    """Logical shape of a packed weight, and whether its blocks run over the ends of its rows."""
+    """How a packed weight is laid out.
+
+    Attributes:
+        shape: logical shape, (..., out, in).
+        flat: its blocks run over the ends of its rows.
+        transposed: the model in floats holds each matrix as (in, out).
+    """
 
     shape: tuple[int, ...]
     flat: bool
+    transposed: bool = False
 
 
 def packed_layouts(source: Source, spec: QuantSpec) -> dict[str, PackedLayout]:
@@ -310,7 +337,8 @@ def packed_layouts(source: Source, spec: QuantSpec) -> dict[str, PackedLayout]:
     for name, tensor in source.tensors.items():
         if f"{name}_absmax" in source.tensors:
             shape = logical_shape(source.path, tensor, source.metadata[tensor.file], spec)
-            layouts[name] = PackedLayout(shape, is_flat_layout(tensor.shape, shape, spec))
+            flat = is_flat_layout(tensor.shape, shape, spec)
+            layouts[name] = PackedLayout(shape, flat, _is_transposed(source, tensor, shape, flat))
     if layouts:
         return layouts
     weights = TensorReader(source).flat.items()

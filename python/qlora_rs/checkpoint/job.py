@@ -68,11 +68,11 @@ class Job:
         return {row.name: row.bytes for row in self.info.tensors}
 
     def exact_values(self, row: TensorRow) -> Tensor:
-        """A float or packed tensor's values, in a type that rounds none of them."""
+        """A float or packed tensor's values, laid out as in the model in floats, in a type that rounds none of them."""
         if self._is_stored(row):
             return self.reader.stored(row.name)
         try:
-            return self.reader.dequantized(row.name, row.shape, self.spec)
+            return self._dequantized(row, torch.float32)
         except FormatError as error:
             raise FormatError(f"{self.where(row)}: {error}") from None
 
@@ -80,8 +80,11 @@ class Job:
         """Whether the source, as it is seen, holds floats under this name."""
         return row.kind != "packed" or self.stored_spec is None
 
+    def _dequantized(self, row: TensorRow, dtype: torch.dtype) -> Tensor:
+        return self.reader.dequantized(row.name, row.shape, self.spec, dtype, transposed=row.transposed)
+
     def values(self, row: TensorRow, dtype: torch.dtype) -> Tensor:
-        """A float or packed tensor's values in ``dtype``.
+        """A float or packed tensor's values in ``dtype``, as the model in floats lays them out.
 
         Raises:
             FormatError: they do not fit ``dtype``, or the file holds what its format does not allow.
@@ -90,10 +93,10 @@ class Job:
         try:
             if stored is not None:
                 return cast(stored, dtype)
-            tensor = self.reader.dequantized(row.name, row.shape, self.spec, dtype)
+            tensor = self._dequantized(row, dtype)
             # Seldom: the values in float32, which take much more memory, tell whether they were finite.
             if tensor.numel() and not torch.isfinite(torch.stack(torch.aminmax(tensor))).all():
-                tensor = cast(self.reader.dequantized(row.name, row.shape, self.spec), dtype)
+                tensor = cast(self._dequantized(row, torch.float32), dtype)
             return tensor
         except FormatError as error:
             raise FormatError(f"{self.where(row)}: {error}") from None

@@ -43,9 +43,10 @@ def quantize(
     One that GPTQ, AWQ or compressed-tensors (packed integers) quantized, or a GGUF file, is taken too: the values that
     its codes stand for are quantized anew, one matrix at a time, and the report says that both errors add up.
 
-    The weights of all Linear layers are packed; output heads, routers, embeddings and norms are copied byte
-    for byte, like every other file. Weights pass through in slices of rows: memory does not grow with the
-    model. ``dst`` is absent or whole at any time; after an interruption the same call goes on where it was.
+    The weights of all Linear layers and experts are packed; output heads, routers, embeddings and norms are copied
+    byte for byte, like every other file. Weights pass through in slices of rows, experts that are stored transposed
+    one matrix at a time: memory does not grow with the model. ``dst`` is absent or whole at any time; after an
+    interruption the same call goes on where it was.
 
     Args:
         src: the model folder; it is only read.
@@ -91,6 +92,7 @@ def quantize(
             source=str(source.path),
             files=list(source.files),
             packed=list(choice.packed),
+            transposed=list(choice.transposed),
             destination=None if partial is None else str(partial.path),
             journal=None if partial is None else str(partial.journal.path),
             finished_tensors={} if partial is None else partial.journal.tensors,
@@ -107,6 +109,7 @@ def quantize(
         source,
         spec=spec.to_config(),
         packed=hashlib.sha256("\n".join(choice.packed).encode()).hexdigest(),
+        transposed=list(choice.transposed),
         skip=list(skip_modules or ()),
         include=list(include or ()),
         max_shard_size=max_shard_size,
@@ -120,6 +123,7 @@ def quantize(
             source,
             choice.packed,
             spec,
+            transposed=choice.transposed,
             not_converted=choice.not_converted,
             hashed=None if dry_run else advance,
             max_shard_size=max_shard_size,
@@ -178,7 +182,8 @@ def _report(
         tensor = source.tensors[name]
         after = sum(sizes[name + part] for part in (parts if spec.double_quant else parts[:2]))
         dtype = FLOAT_DTYPES[tensor.dtype]
-        packed.append(PackedEntry(name, tensor.shape, dtype, spec.describe(), tensor.nbytes, after))
+        shape = choice.packed_shape(tensor)
+        packed.append(PackedEntry(name, shape, dtype, spec.describe(), tensor.nbytes, after))
     return QuantizeReport(
         packed=tuple(packed),
         skipped=tuple(

@@ -20,7 +20,7 @@ STORED_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F
 def plan_plain(row: TensorRow, dtype: torch.dtype) -> PlannedTensor:
     """How a tensor is stored: packed and float ones in ``dtype``, others as they are."""
     if row.kind == "packed" or row.dtype in FLOAT_DTYPES:
-        return PlannedTensor(row.name, STORED_DTYPES[dtype], row.shape, row.elements * dtype.itemsize)
+        return PlannedTensor(row.name, STORED_DTYPES[dtype], row.float_shape, row.elements * dtype.itemsize)
     return PlannedTensor(row.name, row.dtype, row.shape, row.bytes)
 
 

@@ -15,6 +15,7 @@ from qlora_rs.checkpoint.to_native import plan_native
 from qlora_rs.checkpoint.weights import TensorReader
 from qlora_rs.checkpoint.writing import ModelPlan
 from qlora_rs.errors import NonFiniteError
+from qlora_rs.experts import quantize_transposed
 from qlora_rs.packed import PackedTensor
 from qlora_rs.quantization import quantize
 from qlora_rs.spec import QuantSpec
@@ -24,12 +25,13 @@ class Quantizer:
     """Quantizes tensors by name, and keeps the last one: a file asks for the parts of a weight one after another.
 
     Args:
-        values: gives a float matrix by its name.
+        values: gives a float tensor by its name.
         spec: how to quantize.
+        transposed: names of those whose matrices are (in, out).
     """
 
-    def __init__(self, values: Callable[[str], Tensor], spec: QuantSpec) -> None:
-        self.values, self.spec = values, spec
+    def __init__(self, values: Callable[[str], Tensor], spec: QuantSpec, transposed: Collection[str] = ()) -> None:
+        self.values, self.spec, self.transposed = values, spec, frozenset(transposed)
         self._last: tuple[str, PackedTensor] | None = None
 
     def packed(self, name: str, place: str) -> PackedTensor:
@@ -41,7 +43,8 @@ class Quantizer:
         if self._last is None or self._last[0] != name:
             self._last = None  # before the next is made
             try:
-                self._last = name, quantize(self.values(name), self.spec)
+                pack = quantize_transposed if name in self.transposed else quantize
+                self._last = name, pack(self.values(name), self.spec)
             except NonFiniteError as error:
                 raise NonFiniteError(f"{place}: {error}") from None
         return self._last[1]
@@ -73,6 +76,7 @@ def plan_repacked(
     names: Collection[str],
     spec: QuantSpec,
     *,
+    transposed: Collection[str] = (),
     not_converted: Sequence[str] | None,
     hashed: Callable[[int], object] | None,
     max_shard_size: int,
@@ -84,6 +88,7 @@ def plan_repacked(
         source: what is quantized.
         names: of the tensors to pack.
         spec: how.
+        transposed: names of those whose matrices are (in, out) in floats.
         not_converted: the Linear modules that stay in floats; None: found out.
         hashed: hash the files now, so that the plan records what it is made from; called with the bytes of each piece
             that was read. None: it does not record that.
@@ -94,7 +99,7 @@ def plan_repacked(
     requantizing = _describe_requantizing(source)
     if requantizing is not None:
         notes.append(requantizing)
-    info = mark_packed(inspect_source(source), names)
+    info = mark_packed(inspect_source(source), names, transposed)
     reader = TensorReader(source)
     job = QuantizingJob(
         info=info,
@@ -102,17 +107,24 @@ def plan_repacked(
         reader=reader,
         stored_spec=None,
         max_shard_size=max_shard_size,
-        quantizer=Quantizer(reader.stored, spec),
+        quantizer=Quantizer(reader.stored, spec, transposed),
     )
     hashes = None if hashed is None else {file: file_sha256(source.path / file, hashed) for file in original.files}
     return plan_native(job, notes, not_converted=not_converted, hashes=hashes)
 
 
-def mark_packed(info: CheckpointInfo, names: Collection[str]) -> CheckpointInfo:
-    """``info`` with the float tensors of these names told as packed: what they will be."""
-    chosen = set(names)
-    rows = (replace(row, kind="packed") if row.name in chosen else row for row in info.tensors)
-    return replace(info, tensors=tuple(rows))
+def mark_packed(info: CheckpointInfo, names: Collection[str], transposed: Collection[str] = ()) -> CheckpointInfo:
+    """``info`` with the float tensors of these names told as packed, some of them ``transposed``: what they will be."""
+    chosen, turned = set(names), set(transposed)
+
+    def marked(row: TensorRow) -> TensorRow:
+        if row.name not in chosen:
+            return row
+        # The other layout's shape is what the weight has in floats, and the other way round.
+        row = replace(row, kind="packed", transposed=row.name in turned)
+        return replace(row, shape=row.float_shape)
+
+    return replace(info, tensors=tuple(marked(row) for row in info.tensors))
 
 
 def _describe_requantizing(source: Source) -> str | None:

@@ -103,6 +103,14 @@ class StoredReader:
             FormatError: the file changed since its header was read.
             UnsupportedError: torch has no such type.
         """
+        return self._read(tensor, 0, tensor.nbytes, tensor.shape)
+
+    def read_matrix(self, tensor: StoredTensor, number: int) -> Tensor:
+        """Matrix ``number`` of a tensor (matrices, rows, columns); raises as `read`."""
+        size = tensor.nbytes // tensor.shape[0]
+        return self._read(tensor, number * size, size, tensor.shape[1:])
+
+    def _read(self, tensor: StoredTensor, start: int, count: int, shape: tuple[int, ...]) -> Tensor:
         dtype = getattr(torch, _DTYPES.get(tensor.dtype, ""), None)
         if dtype is None:
             raise UnsupportedError(
@@ -111,5 +119,5 @@ class StoredReader:
             )
         opened = self._places.open(tensor.file)
         with opened[0]:
-            content = self._places.read(opened, tensor, 0, tensor.nbytes)
-        return content.view(dtype).reshape(tensor.shape)
+            content = self._places.read(opened, tensor, start, count)
+        return content.view(dtype).reshape(shape)

@@ -81,6 +81,8 @@ def _flat_parts(job: Job, row: TensorRow, dtype: str) -> list[tuple[str, tuple[i
     """The parts of a weight: the end of their names, their shapes, and what reads or makes them."""
     spec = job.spec
     reason = None if row.flat else flat.unaligned(row.shape, spec)
+    if row.transposed:
+        reason = "its experts are packed transposed, which bitsandbytes has no mark for"
     offset = None
     if spec.double_quant:
         bits = job.reader.stored(f"{row.name}_absmax_offset")

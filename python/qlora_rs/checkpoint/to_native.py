@@ -65,6 +65,8 @@ def plan_native(
         together.append(group)
         if row.flat or row.shape[-1] % 2:
             metadata[f"{row.name}.shape"] = json.dumps(list(row.shape))
+        if row.transposed:
+            metadata[f"{row.name}.transposed"] = "true"
     config = {
         **unquantized_config(job.source.config),
         "quantization_config": {

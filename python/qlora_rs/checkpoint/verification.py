@@ -159,7 +159,8 @@ class _Comparison:
         for expert in range(experts if row.bytes else 0):
             weight = self.originals.read(row.name, expert * size, size).view(VALUE_DTYPES[tensor.dtype])
             # What a source with NaN gives is compared too: the report then tells more than an error would.
-            made = quantize(weight.view(rows, columns), spec, nonfinite="propagate")
+            matrix = weight.view(columns, rows).T if row.transposed else weight.view(rows, columns)
+            made = quantize(matrix, spec, nonfinite="propagate")
             parts = list(self._parts(row, made, expert))
             if any(part.differing for part in parts) and not bool(torch.isfinite(weight).all()):
                 reason = NONFINITE
@@ -205,8 +206,8 @@ def _mismatch(row: TensorRow, tensor: StoredTensor, flat: FlatWeight | None) -> 
         elements = math.prod(tensor.shape)
         if -(-elements // 2) * 2 != row.elements:
             return f"{row.elements} codes, but {elements} elements in the source"
-    elif row.shape != tensor.shape:
-        return f"shape {list(row.shape)}, but {list(tensor.shape)} in the source"
+    elif row.float_shape != tensor.shape:
+        return f"shape {list(row.float_shape)}, but {list(tensor.shape)} in the source"
     if row.kind == "packed" and tensor.dtype not in FLOAT_DTYPES:
         return f"packed, but {tensor.dtype} in the source, which quantize does not pack"
     if row.kind != "packed" and row.dtype != tensor.dtype:

@@ -12,12 +12,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from qlora_rs.checkpoint.choice import FLOAT_DTYPES, expert_aliases
+from qlora_rs.checkpoint.choice import FLOAT_DTYPES, ExpertPlace, expert_places
 from qlora_rs.checkpoint.dequantized import open_float_source
 from qlora_rs.checkpoint.flat import FlatWeight, expect_maps, flat_packed, read_flat_weights, shaped_packed, shapeless
 from qlora_rs.checkpoint.source import Source
 from qlora_rs.checkpoint.stored import StoredReader
 from qlora_rs.errors import FormatError
+from qlora_rs.experts import expert_of
 from qlora_rs.packed import PackedTensor, is_flat_layout
 from qlora_rs.quantization import dequantize
 from qlora_rs.spec import QuantSpec
@@ -42,6 +43,10 @@ class TensorReader:
         if foreign is not None:
             return foreign.values(self._stored.read)
         return self._stored.read(self.source.tensors[name])
+
+    def matrix(self, name: str, number: int) -> Tensor:
+        """One matrix of a stack of them that its file holds in floats."""
+        return self._stored.read_matrix(self.source.tensors[name], number)
 
     def packed(
         self, name: str, shape: tuple[int, ...], spec: QuantSpec, dtype: torch.dtype = torch.float32
@@ -69,9 +74,17 @@ class TensorReader:
             expect_maps(self.source, self.flat[name], self.stored)
 
     def dequantized(
-        self, name: str, shape: tuple[int, ...], spec: QuantSpec, dtype: torch.dtype = torch.float32
+        self,
+        name: str,
+        shape: tuple[int, ...],
+        spec: QuantSpec,
+        dtype: torch.dtype = torch.float32,
+        *,
+        transposed: bool = False,
     ) -> Tensor:
-        """The packed weight ``name`` in ``dtype``, whether or not its blocks end with its rows.
+        """The packed weight ``name`` of logical ``shape`` in ``dtype``, whether or not its blocks end with its rows.
+
+        With ``transposed`` its matrices are (in, out), as the model in floats has them; one is turned at a time.
 
         Raises:
             FormatError: codes that the codebook does not have.
@@ -85,6 +98,8 @@ class TensorReader:
                 raise shapeless(self.source, weight)
             packed = flat_packed(self.source, weight, self.stored)
         try:
+            if transposed:
+                return _dequantize_transposed(packed, dtype)
             result = dequantize(packed, dtype)
         except ValueError as error:
             raise FormatError(str(error)) from None
@@ -95,6 +110,17 @@ class TensorReader:
     def flat(self) -> dict[str, FlatWeight]:
         """The 4-bit weights of a bitsandbytes folder."""
         return read_flat_weights(self.source, self.stored)
+
+
+def _dequantize_transposed(packed: PackedTensor, dtype: torch.dtype) -> Tensor:
+    """The values of a weight (..., out, in) that is packed by rows as (..., in, out)."""
+    *lead, rows, columns = packed.shape
+    if len(lead) != 1:
+        return dequantize(packed, dtype).mT.contiguous()
+    result = torch.empty((*lead, columns, rows), dtype=dtype, device=packed.codes.device)
+    for number, matrix in enumerate(result):
+        matrix.copy_(dequantize(expert_of(packed, number), dtype).T)
+    return result
 
 
 def assemble_packed(
@@ -136,20 +162,25 @@ def open_weights(path: str | os.PathLike[str]) -> Callable[[str], Tensor]:
     """
     source = open_float_source(Path(path))
     reader = TensorReader(source)
-    aliases = cache(partial(expert_aliases, source))
+    places = cache(partial(expert_places, source))
 
     def weight(name: str) -> Tensor:
         stored = stored_name(name, source.tensors)
-        if stored is None and ".experts." in name:
-            stored = aliases().get(name)
-        if stored is None:
+        place = None if stored is None else ExpertPlace(stored)
+        if place is None and ".experts." in name:
+            place = places()(name)
+        if place is None:
             raise FormatError(f"{source.path}: none of its files holds the tensor {name!r}")
+        stored = place.name
         tensor = source.tensors[stored]
         if tensor.dtype not in FLOAT_DTYPES:
             raise FormatError(
                 f"{source.path / tensor.file}: tensor {stored!r}: expected F32, BF16 or F16, got {tensor.dtype}"
             )
-        return reader.stored(stored)
+        if place.number is None:
+            return reader.stored(stored)
+        matrix = reader.matrix(stored, place.number)
+        return matrix.T if place.transposed else matrix
 
     return weight
 

@@ -24,7 +24,7 @@ from qlora_rs.checkpoint.expert_names import StoredExperts, stored_experts
 from qlora_rs.checkpoint.inspection import PackedLayout, packed_layouts
 from qlora_rs.checkpoint.source import FORMAT_VERSION, Source, StoredTensor, check_format_version, read_file
 from qlora_rs.errors import FormatError, QloraError, UnsupportedError
-from qlora_rs.experts import DOWN, PackedExperts, split_experts
+from qlora_rs.experts import BIASES, DOWN, PackedExperts, has_biases, split_experts
 from qlora_rs.linear import Linear4bit
 from qlora_rs.lora import replace_module
 from qlora_rs.packed import PackedTensor
@@ -45,7 +45,7 @@ class QloraRsConfig(QuantizationConfigMixin):  # type: ignore[misc]
         format_version: of the files.
         files: where to see what is packed, for a model that is not loaded from a folder: its packed layers are left
             out, to be filled by `fill_awaited`.
-        awaited: the same as names and shapes, where no file holds the weights packed.
+        awaited: the same as names and layouts, where no file holds the weights packed.
 
     Attributes:
         failures: errors of quantizing while loading, which transformers itself reports as text only.
@@ -64,7 +64,7 @@ class QloraRsConfig(QuantizationConfigMixin):  # type: ignore[misc]
         modules_to_not_convert: Sequence[str] | None = None,
         format_version: int = FORMAT_VERSION,
         files: Sequence[str] = (),
-        awaited: Mapping[str, Sequence[int]] | None = None,
+        awaited: Mapping[str, PackedLayout] | None = None,
         **kwargs: Any,
     ) -> None:
         check_format_version(format_version, "quantization_config")
@@ -76,7 +76,7 @@ class QloraRsConfig(QuantizationConfigMixin):  # type: ignore[misc]
         self.modules_to_not_convert = list(modules_to_not_convert or ())
         self.format_version = format_version
         self.files = list(files)
-        self.awaited = {name: tuple(shape) for name, shape in (awaited or {}).items()}
+        self.awaited = dict(awaited or {})
         self.failures: list[Exception] = []
         self.device: torch.device | None = None
         self.spec()
@@ -155,8 +155,7 @@ class QloraRsQuantizer(HfQuantizer):  # type: ignore[misc]
         linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
         asked = self.quantization_config
         if self.pre_quantized and not files and (asked.files or asked.awaited):
-            layouts = {name: PackedLayout(shape, flat=False) for name, shape in asked.awaited.items()}
-            layouts = layouts or _layouts_in_files(asked.files, self.spec)
+            layouts = asked.awaited or _layouts_in_files(asked.files, self.spec)
             folder = Path(asked.files[0]).parent if asked.files else Path()
             experts = _packed_experts(model, layouts, folder)
             awaited = _packed_layers(model, layouts, folder, experts)
@@ -267,8 +266,7 @@ def _layouts_in_files(files: Sequence[str], spec: QuantSpec) -> dict[str, Packed
 
 def _packed_experts(model: Any, layouts: Mapping[str, PackedLayout], folder: Path) -> dict[str, StoredExperts]:
     """The model's modules of experts whose weights are among those with ``layouts``."""
-    shapes = {name: layout.shape for name, layout in layouts.items()}
-    found = stored_experts(shapes, model, str(folder))
+    found = stored_experts(layouts, model, str(folder))
     for held in found.values():
         for names in held.names.values():
             if isinstance(names, str) and layouts[names].flat:
@@ -340,7 +338,7 @@ class AwaitedLayer(nn.Module):
 
 
 class AwaitedExperts(nn.Module):
-    """Stands for a module of packed experts while transformers loads everything else.
+    """Stands for a module of packed experts, and holds their biases, while transformers loads everything else.
 
     Attributes:
         stored: what the files hold of it.
@@ -352,6 +350,28 @@ class AwaitedExperts(nn.Module):
         self.__dict__["_fused"] = fused
         self.stored = stored
         self.float_dtype = fused.get_parameter(DOWN).dtype
+        if not has_biases(fused):
+            return
+        for child, names in stored.names.items():
+            biases = fused.get_parameter(BIASES[child])
+            if isinstance(names, str):
+                self.register_parameter(BIASES[child], biases)
+                continue
+            for number, bias in enumerate(biases):  # as `PackedExperts` itself is saved: by expert and layer
+                if str(number) not in self._modules:
+                    self.add_module(str(number), nn.Module())
+                layer = nn.Module()
+                layer.register_parameter("bias", nn.Parameter(bias.detach().clone(), requires_grad=False))
+                self.get_submodule(str(number)).add_module(child, layer)
+
+    def bias(self, child: str, number: int) -> Tensor | None:
+        """The bias of one layer, in memory of its own."""
+        if not has_biases(self.fused):
+            return None
+        stacked = self._parameters.get(BIASES[child])
+        if stacked is not None:
+            return stacked[number].detach().clone()
+        return self.get_parameter(f"{number}.{child}.bias").detach().clone()
 
     @property
     def fused(self) -> nn.Module:
@@ -382,10 +402,13 @@ def _filled_experts(
         else:
             columns[child] = [packed(name, shape, dtype) for name in names]
     experts = [
-        {child: Linear4bit.from_packed(weights[number]) for child, weights in columns.items()}
+        {
+            child: Linear4bit.from_packed(weights[number], awaited.bias(child, number))
+            for child, weights in columns.items()
+        }
         for number in range(stored.count)
     ]
-    return PackedExperts(awaited.fused, experts).train(awaited.training)
+    return PackedExperts.of(awaited.fused, experts).train(awaited.training)
 
 
 def _empty_layer(linear: nn.Linear, spec: QuantSpec, pre_quantized: bool, flat: bool) -> Linear4bit:

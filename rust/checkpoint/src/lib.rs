@@ -2,7 +2,8 @@
 //!
 //! [`header`] is what a file says of itself, [`plan`] what is to be written where, [`reader`] the one pass over the
 //! source, [`hasher`] what proves it, [`writer`] the shards, [`pack`] the pipeline of them all, [`journal`] what of it is
-//! finished and [`resume`] what an interrupted run left. [`swap`] replaces a whole folder in one step, [`load`] brings tensors from files into other memory.
+//! finished and [`resume`] what an interrupted run left. [`transpose`] turns what is packed along the other dimension. [`swap`]
+//! replaces a whole folder in one step, [`load`] brings tensors from files into other memory.
 
 pub mod error;
 pub mod hasher;
@@ -14,6 +15,7 @@ pub mod plan;
 pub mod reader;
 pub mod resume;
 pub mod swap;
+pub mod transpose;
 pub mod writer;
 
 pub use error::CheckpointError;

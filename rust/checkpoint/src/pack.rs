@@ -16,6 +16,7 @@ use crate::journal::{Finished, Journal};
 use crate::plan::{PackStep, Plan, Step};
 use crate::reader::{Buffer, Lines, Piece, Slice, changed, read_all};
 use crate::resume::Remaining;
+use crate::transpose::Transposed;
 use crate::writer::Writer;
 
 /// Slices in flight: being read, hashed, quantized, and one waiting.
@@ -163,6 +164,8 @@ struct Worker<'a> {
     absmax: Vec<f32>,
     nested_codes: Vec<u8>,
     group_scales: Vec<f32>,
+    /// The expert in work, of a weight that is stored transposed.
+    matrix: Transposed,
     spoiled: Option<Spoiled>,
 }
 
@@ -184,6 +187,7 @@ impl<'a> Worker<'a> {
             absmax: Vec::new(),
             nested_codes: Vec::new(),
             group_scales: Vec::new(),
+            matrix: Transposed::default(),
             spoiled: None,
         }
     }
@@ -197,9 +201,14 @@ impl<'a> Worker<'a> {
             }
             (Step::Pack(step), Piece::Block { expert, row, rows, col, cols }) => {
                 let at = At { expert, row, rows, col, cols };
-                self.quantize(step, at, bytes)?;
-                let last =
-                    at.row + at.rows == step.rows && at.col + at.cols == step.cols && at.expert + 1 == step.experts;
+                let (stored_rows, stored_cols) = step.stored();
+                let ends = at.row + at.rows == stored_rows && at.col + at.cols == stored_cols;
+                if step.transposed {
+                    self.gather(step, at, bytes, ends)?;
+                } else {
+                    self.quantize(step, at, bytes)?;
+                }
+                let last = ends && at.expert + 1 == step.experts;
                 if last {
                     self.refuse_nonfinite(source, tensor)?;
                 }
@@ -207,6 +216,27 @@ impl<'a> Worker<'a> {
             }
             _ => unreachable!("the reader cuts a tensor as its step says"),
         }
+    }
+
+    /// Take a slice of a matrix that is stored transposed; with the one that `ends` it the matrix is quantized.
+    fn gather(&mut self, step: &PackStep, at: At, bytes: &[u8], ends: bool) -> Result<(), CheckpointError> {
+        if at.row == 0 && at.col == 0 {
+            self.matrix.begin(step.rows, step.cols, step.float_type);
+        }
+        let (rows, columns) = (at.row..at.row + at.rows, at.col..at.col + at.cols);
+        self.matrix.gather(bytes, rows, columns, step.float_type, &self.parallel, self.control)?;
+        if !ends {
+            return Ok(());
+        }
+        let matrix = std::mem::take(&mut self.matrix);
+        let (row, col, sound) = (0, 0, self.spoiled.is_none());
+        self.quantize(step, At { expert: at.expert, row, rows: step.rows, col, cols: step.cols }, matrix.bytes())?;
+        if let Some(spoiled) = self.spoiled.as_mut().filter(|_| sound) {
+            let before = (at.expert * step.rows * step.cols) as u64;
+            spoiled.first = matrix.first_nonfinite(step.float_type).map_or(spoiled.first, |first| before + first);
+        }
+        self.matrix = matrix;
+        Ok(())
     }
 
     fn quantize(&mut self, step: &PackStep, at: At, bytes: &[u8]) -> Result<(), CheckpointError> {
@@ -294,7 +324,9 @@ struct At {
     cols: usize,
 }
 
-fn floats(float_type: FloatType, bytes: &[u8]) -> Floats<'_> {
+/// Bytes as the floats that they are.
+#[must_use]
+pub fn floats(float_type: FloatType, bytes: &[u8]) -> Floats<'_> {
     match float_type {
         FloatType::F32 => Floats::F32(bytemuck::cast_slice::<u8, f32>(bytes)),
         FloatType::Bf16 => Floats::Bf16(bytemuck::cast_slice::<u8, bf16>(bytes)),

@@ -18,6 +18,8 @@ pub struct PlanRequest<'a> {
     pub files: &'a [String],
     /// Full names of the tensors to quantize; all others are copied.
     pub packed: &'a [String],
+    /// Those of them whose matrices are stored transposed, (in, out): they are packed as (out, in).
+    pub transposed: &'a [String],
     /// How they are quantized.
     pub spec: &'a QuantSpec,
     /// Bytes of data beyond which a new output file is begun.
@@ -44,7 +46,7 @@ pub struct Extent {
     pub bytes: u64,
 }
 
-/// Where the parts of a packed weight of shape (experts, rows, cols) go.
+/// Where the parts of a packed weight of logical shape (experts, rows, cols) go.
 #[derive(Debug, Clone, Copy)]
 pub struct PackStep {
     /// Type of the source's elements.
@@ -55,6 +57,8 @@ pub struct PackStep {
     pub rows: usize,
     /// Elements of a row.
     pub cols: usize,
+    /// Whether the source holds each matrix as (cols, rows).
+    pub transposed: bool,
     /// Sizes of the whole weight.
     pub layout: Layout,
     /// u8 codes.
@@ -72,6 +76,14 @@ pub enum Step {
     Copy(Slot),
     /// It is quantized.
     Pack(PackStep),
+}
+
+impl PackStep {
+    /// Rows and columns of a matrix as the source holds it.
+    #[must_use]
+    pub fn stored(&self) -> (usize, usize) {
+        if self.transposed { (self.cols, self.rows) } else { (self.rows, self.cols) }
+    }
 }
 
 impl Step {
@@ -143,8 +155,9 @@ pub struct Plan {
     /// In the order of their numbers.
     pub shards: Vec<Shard>,
     version: String,
-    /// Logical shapes of weights whose packed shape cannot tell them.
-    odd_shapes: HashMap<String, String>,
+    /// What the metadata says of weights whose packed parts cannot tell it, by the weight's name: logical shapes, and that
+    /// the source had the matrices transposed.
+    remarks: HashMap<String, Vec<(&'static str, String)>>,
 }
 
 /// Bytes beyond which no output can be: offsets in files are signed, and a header comes before.
@@ -164,26 +177,24 @@ impl Plan {
         let mut shards = Shards::new(request.max_shard_size);
         let mut sources = Vec::with_capacity(request.files.len());
         let mut drafts = Vec::with_capacity(request.files.len());
-        let mut odd_shapes = HashMap::new();
+        let transposed: HashSet<&str> = request.transposed.iter().map(String::as_str).collect();
+        let mut remarks = HashMap::new();
         for name in request.files {
             let path = request.source.join(name);
             let header = Header::read(&path)?;
             let mut draft = Vec::with_capacity(header.tensors.len());
             for tensor in &header.tensors {
                 let packing = if wanted.remove(tensor.name.as_str()) {
-                    let packing = Packing::of(&path, tensor, request.spec)?;
-                    if request.spec.codebook().bits() == 4 && packing.cols % 2 == 1 {
-                        // ceil(cols / 2) bytes cannot tell an odd number of columns from the even one above it.
-                        let shape: Vec<String> = tensor.shape.iter().map(u64::to_string).collect();
-                        odd_shapes.insert(tensor.name.clone(), format!("[{}]", shape.join(", ")));
-                    }
+                    let turned = transposed.contains(tensor.name.as_str());
+                    let packing = Packing::of(&path, tensor, turned, request.spec)?;
+                    remarks.insert(tensor.name.clone(), packing.remarks(request.spec));
                     Some(packing)
                 } else {
                     None
                 };
                 let outputs = packing.as_ref().map_or_else(
                     || vec![output(&tensor.name, &tensor.dtype, tensor.shape.clone(), tensor.bytes())],
-                    |packing| packing.outputs(tensor),
+                    |packing| packing.outputs(&tensor.name),
                 );
                 shards.add(&path, outputs)?;
                 draft.push(packing);
@@ -195,7 +206,7 @@ impl Plan {
             let what = format!("tensor {missing:?} is not in its safetensors files");
             return Err(CheckpointError::format(request.source, what));
         }
-        let mut plan = Self { sources, shards: shards.finish(), version: request.version.to_owned(), odd_shapes };
+        let mut plan = Self { sources, shards: shards.finish(), version: request.version.to_owned(), remarks };
         let places = plan.place();
         for (source, draft) in plan.sources.iter_mut().zip(&drafts) {
             let steps = source.header.tensors.iter().zip(draft);
@@ -215,8 +226,8 @@ impl Plan {
             ("source_sha256".to_owned(), json(&hashes)),
         ]);
         for Tensor { name, .. } in &self.shards[shard].tensors {
-            if let Some(shape) = self.odd_shapes.get(name) {
-                metadata.insert(format!("{name}.shape"), shape.clone());
+            for (what, value) in self.remarks.get(name).into_iter().flatten() {
+                metadata.insert(format!("{name}.{what}"), value.clone());
             }
         }
         let tensors = self.shards[shard].tensors.iter().map(|tensor| {
@@ -268,15 +279,18 @@ fn output(name: &str, dtype: &str, shape: Vec<u64>, bytes: u64) -> Tensor {
 /// A weight that can be quantized.
 struct Packing {
     float_type: FloatType,
+    /// Logical shape: the source's, but for the last two sizes of what is transposed.
+    shape: Vec<u64>,
     experts: usize,
     rows: usize,
     cols: usize,
+    transposed: bool,
     layout: Layout,
     nested: bool,
 }
 
 impl Packing {
-    fn of(path: &Path, tensor: &Tensor, spec: &QuantSpec) -> Result<Self, CheckpointError> {
+    fn of(path: &Path, tensor: &Tensor, transposed: bool, spec: &QuantSpec) -> Result<Self, CheckpointError> {
         let float_type = match known_dtype(&tensor.dtype) {
             Some(Dtype::F32) => FloatType::F32,
             Some(Dtype::BF16) => FloatType::Bf16,
@@ -290,7 +304,12 @@ impl Packing {
                 )));
             }
         };
-        let (experts, rows, cols) = match *tensor.shape {
+        let mut shape = tensor.shape.clone();
+        if transposed && shape.len() >= 2 {
+            let last = shape.len() - 1;
+            shape.swap(last - 1, last);
+        }
+        let (experts, rows, cols) = match *shape {
             [rows, cols] => (1, rows as usize, cols as usize),
             [experts, rows, cols] => (experts as usize, rows as usize, cols as usize),
             _ => {
@@ -303,20 +322,33 @@ impl Packing {
             }
         };
         let layout = Layout::new(experts, rows, cols, spec)?;
-        Ok(Self { float_type, experts, rows, cols, layout, nested: spec.double_quant() })
+        Ok(Self { float_type, shape, experts, rows, cols, transposed, layout, nested: spec.double_quant() })
+    }
+
+    /// What the metadata has to say of it.
+    fn remarks(&self, spec: &QuantSpec) -> Vec<(&'static str, String)> {
+        let mut remarks = Vec::new();
+        if spec.codebook().bits() == 4 && self.cols % 2 == 1 {
+            // ceil(cols / 2) bytes cannot tell an odd number of columns from the even one above it.
+            let sizes: Vec<String> = self.shape.iter().map(u64::to_string).collect();
+            remarks.push(("shape", format!("[{}]", sizes.join(", "))));
+        }
+        if self.transposed {
+            remarks.push(("transposed", "true".to_owned()));
+        }
+        remarks
     }
 
     /// Codes, scales and, doubly quantized, scales of scales: dtypes and shapes of the native format.
-    fn outputs(&self, tensor: &Tensor) -> Vec<Tensor> {
+    fn outputs(&self, name: &str) -> Vec<Tensor> {
         let layout = &self.layout;
         let with_last = |last: usize| {
-            let mut shape = tensor.shape.clone();
+            let mut shape = self.shape.clone();
             if let Some(size) = shape.last_mut() {
                 *size = last as u64;
             }
             shape
         };
-        let name = &tensor.name;
         let (scale_dtype, scale_size) = if self.nested { ("U8", 1) } else { ("I32", 4) };
         let mut outputs = vec![
             output(name, "U8", with_last(layout.bytes_per_row()), layout.code_bytes() as u64),
@@ -330,7 +362,7 @@ impl Packing {
         if self.nested {
             let experts = self.experts as u64;
             let groups = layout.groups_per_expert() as u64;
-            let scale_shape = if tensor.shape.len() == 3 { vec![experts, groups] } else { vec![groups] };
+            let scale_shape = if self.shape.len() == 3 { vec![experts, groups] } else { vec![groups] };
             outputs.push(output(&format!("{name}_absmax_scale"), "I32", scale_shape, 4 * layout.groups() as u64));
             outputs.push(output(&format!("{name}_absmax_offset"), "I32", vec![experts], 4 * experts));
         }
@@ -340,7 +372,7 @@ impl Packing {
 
 fn step(tensor: &Tensor, packing: Option<&Packing>, places: &HashMap<String, Slot>) -> Step {
     let place = |suffix: &str| places[&format!("{}{suffix}", tensor.name)];
-    let Some(&Packing { float_type, experts, rows, cols, layout, nested }) = packing else {
+    let Some(&Packing { float_type, experts, rows, cols, transposed, layout, nested, .. }) = packing else {
         return Step::Copy(place(""));
     };
     Step::Pack(PackStep {
@@ -348,6 +380,7 @@ fn step(tensor: &Tensor, packing: Option<&Packing>, places: &HashMap<String, Slo
         experts,
         rows,
         cols,
+        transposed,
         layout,
         codes: place(""),
         absmax: place("_absmax"),

@@ -50,8 +50,8 @@ pub enum Piece {
         /// Counted from the start of the tensor.
         offset: u64,
     },
-    /// `rows` rows of one expert from `row` on, of each the columns from `col` on. Less than whole rows only where a
-    /// row is longer than a slice: then one row at a time, cut between blocks.
+    /// `rows` stored rows of one expert from `row` on, of each the columns from `col` on. Less than whole rows only
+    /// where a row is longer than a slice: then one row at a time, cut between blocks where these run along rows.
     Block {
         /// Which expert.
         expert: usize,
@@ -93,9 +93,9 @@ pub enum Event {
     },
 }
 
-/// The pieces of a weight, each at most `slice_bytes` (but one block at least), in storage order.
+/// The pieces of a weight as it is stored, each at most `slice_bytes` (but one block at least), in storage order.
 pub fn weight_pieces(step: &PackStep, slice_bytes: usize) -> impl Iterator<Item = Piece> + use<> {
-    let (experts, rows, cols) = (step.experts, step.rows, step.cols);
+    let (experts, (rows, cols)) = (step.experts, step.stored());
     let slice = (slice_bytes / step.float_type.size()).max(1);
     let block = step.layout.block_size();
     let rows_per_piece = (slice / cols.max(1)).max(1);
@@ -227,7 +227,8 @@ mod tests {
         let spec = QuantSpec::new(QuantType::Nf4, block_size, false, None).expect("valid");
         let layout = Layout::new(experts, rows, cols, &spec).expect("fits");
         let slot = Slot { shard: 0, offset: 0 };
-        PackStep { float_type: FloatType::Bf16, experts, rows, cols, layout, codes: slot, absmax: slot, nested: None }
+        let (float_type, transposed) = (FloatType::Bf16, false);
+        PackStep { float_type, experts, rows, cols, transposed, layout, codes: slot, absmax: slot, nested: None }
     }
 
     proptest! {

@@ -52,12 +52,19 @@ fn source(folder: &Path) -> Vec<String> {
             ("half.weight", Dtype::F16, vec![5, 64], bytes_of(&half)),
             ("stack", Dtype::F32, vec![3, 19, 130], bytes_of(&stack)),
             ("none.weight", Dtype::F32, vec![0, 5], vec![]),
+            ("turned", Dtype::F16, vec![2, 131, 19], bytes_of(&turned())),
         ],
     );
     vec!["a.safetensors".into(), "b.safetensors".into()]
 }
 
-const PACKED: [&str; 4] = ["wide.weight", "half.weight", "stack", "none.weight"];
+const PACKED: [&str; 5] = ["wide.weight", "half.weight", "stack", "none.weight", "turned"];
+const TRANSPOSED: [&str; 1] = ["turned"];
+
+/// Two matrices that are packed as (19, 131), and stored as (131, 19).
+fn turned() -> Vec<f16> {
+    values(2 * 131 * 19, 4).into_iter().map(f16::from_f32).collect()
+}
 
 struct Run {
     shards: Vec<Vec<u8>>,
@@ -67,7 +74,16 @@ struct Run {
 fn run(folder: &Path, spec: &QuantSpec, slice_bytes: usize, max_shard_size: u64) -> Run {
     let files = source(folder);
     let packed = PACKED.map(String::from);
-    let request = PlanRequest { source: folder, files: &files, packed: &packed, spec, max_shard_size, version: "1.2" };
+    let transposed = TRANSPOSED.map(String::from);
+    let request = PlanRequest {
+        source: folder,
+        files: &files,
+        packed: &packed,
+        transposed: &transposed,
+        spec,
+        max_shard_size,
+        version: "1.2",
+    };
     let plan = Plan::new(&request).expect("plans");
     let out = tempfile::tempdir_in(folder).expect("folder");
     let control = Control::default();
@@ -122,6 +138,10 @@ fn packed_bytes_equal_the_numbers_crate_for_every_slice_size() {
         parts.extend(expected("half.weight", Floats::F16(&half), (1, 5, 64), &spec));
         parts.extend(expected("stack", Floats::F32(&stack), (3, 19, 130), &spec));
         parts.extend(expected("none.weight", Floats::F32(&[]), (1, 0, 5), &spec));
+        let stored = turned();
+        let place = |at: usize| (at / 2489, at % 2489 / 131, at % 131);
+        let logical = (0..2 * 2489).map(place).map(|(expert, row, col)| stored[expert * 2489 + col * 19 + row]);
+        parts.extend(expected("turned", Floats::F16(&logical.collect::<Vec<_>>()), (2, 19, 131), &spec));
         parts.insert("norm.weight".into(), bytes_of(&wide[..7]));
         parts.insert("ids".into(), bytes_of(&[1i64, -2, 3]));
         parts.insert("mask".into(), vec![1, 0, 1]);
@@ -131,6 +151,7 @@ fn packed_bytes_equal_the_numbers_crate_for_every_slice_size() {
         }
         let groups = spec.double_quant().then(|| file.tensor("stack_absmax_scale").expect("present").shape().to_vec());
         assert!(groups.is_none_or(|shape| shape == [3, 1]));
+        assert_eq!(file.tensor("turned").expect("present").shape()[..2], [2, 19]);
 
         for slice_bytes in [1, 100, 257, 402, 1000] {
             let sliced = run(folder.path(), &spec, slice_bytes, 1 << 30);
@@ -172,6 +193,8 @@ fn metadata_hold_version_source_hashes_and_odd_shapes() {
     assert_eq!(metadata["format"], "pt");
     assert_eq!(metadata["qlora_rs_version"], "1.2");
     assert_eq!(metadata["wide.weight.shape"], "[37, 201]");
+    assert_eq!((&*metadata["turned.shape"], &*metadata["turned.transposed"]), ("[2, 19, 131]", "true"));
+    assert!(!metadata.contains_key("stack.transposed"));
     assert!(!metadata.contains_key("half.weight.shape") && !metadata.contains_key("stack.shape"));
     let hashes: HashMap<String, String> = serde_json::from_str(&metadata["source_sha256"]).expect("JSON");
     assert_eq!(hashes.len(), 2);
@@ -188,16 +211,17 @@ fn every_nonfinite_value_of_a_weight_is_counted_across_slices() {
     write(&folder.path().join("x.safetensors"), &[("w", Dtype::F32, vec![9, 70], bytes_of(&weight))]);
     let spec = QuantSpec::new(QuantType::Nf4, 32, true, None).expect("valid");
     let (files, packed) = (["x.safetensors".to_owned()], ["w".to_owned()]);
-    let request = PlanRequest {
-        source: folder.path(),
-        files: &files,
-        packed: &packed,
-        spec: &spec,
-        max_shard_size: 1 << 30,
-        version: "1",
-    };
-    let plan = Plan::new(&request).expect("plans");
-    for slice_bytes in [64, 600, 1 << 20] {
+    for (transposed, slice_bytes) in [false, true].into_iter().flat_map(|turn| [64, 600, 1 << 20].map(|n| (turn, n))) {
+        let request = PlanRequest {
+            source: folder.path(),
+            files: &files,
+            packed: &packed,
+            transposed: if transposed { &packed } else { &[] },
+            spec: &spec,
+            max_shard_size: 1 << 30,
+            version: "1",
+        };
+        let plan = Plan::new(&request).expect("plans");
         let out = tempfile::tempdir().expect("folder");
         let options = PackOptions { slice_bytes, num_threads: 1 };
         let error = pack(&plan, &spec, out.path(), options, None, &Control::default()).expect_err("refused");
@@ -215,6 +239,7 @@ fn a_source_that_changes_after_planning_is_noticed() {
         source: folder.path(),
         files: &files,
         packed: &[],
+        transposed: &[],
         spec: &spec,
         max_shard_size: 1 << 30,
         version: "1",
@@ -249,6 +274,7 @@ fn what_cannot_be_packed_is_refused_before_anything_is_written() {
             source: folder.path(),
             files,
             packed: &packed,
+            transposed: &[],
             spec: &spec,
             max_shard_size: 1 << 30,
             version: "1",
@@ -267,6 +293,7 @@ fn a_wish_to_stop_ends_the_work() {
         source: folder.path(),
         files: &files,
         packed: &[],
+        transposed: &[],
         spec: &spec,
         max_shard_size: 1 << 30,
         version: "1",
@@ -300,6 +327,7 @@ fn whatever_was_finished_the_rest_makes_the_same_files() {
         source: folder.path(),
         files: &files,
         packed: &packed,
+        transposed: &packed[4..],
         spec: &spec,
         max_shard_size: 1000,
         version: "1",
@@ -320,7 +348,7 @@ fn whatever_was_finished_the_rest_makes_the_same_files() {
     };
     let whole = run(&Finished::default());
     let lines = journal_lines(&journal);
-    assert_eq!(lines.len(), 8); // six tensors that are not empty, two files
+    assert_eq!(lines.len(), 9); // seven tensors that are not empty, two files
     for count in 0..=lines.len() {
         let mut finished = Finished::default();
         for (kind, name, sha256) in &lines[..count] {

@@ -33,8 +33,16 @@ fuzz_target!(|input: &[u8]| {
     let path = file.path();
     let files = [path.file_name().expect("named").to_string_lossy().into_owned()];
     let source = path.parent().expect("in a folder");
-    let request =
-        PlanRequest { source, files: &files, packed: &packed, spec: &spec, max_shard_size: 500, version: "0" };
+    let transposed = if choice & 64 == 0 { &[][..] } else { &packed[..] };
+    let request = PlanRequest {
+        source,
+        files: &files,
+        packed: &packed,
+        transposed,
+        spec: &spec,
+        max_shard_size: 500,
+        version: "0",
+    };
     let Ok(plan) = Plan::new(&request) else { return };
     let size = plan.shards.iter().try_fold(0u64, |sum, shard| sum.checked_add(shard.data_bytes()));
     if size.is_none_or(|size| size > OUTPUT_LIMIT) || plan.shards.len() > 40 {

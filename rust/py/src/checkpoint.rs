@@ -63,13 +63,14 @@ pub fn swap_paths(py: Python<'_>, a: PathBuf, b: PathBuf) -> PyResult<bool> {
     detached_brief(py, |_| swap(&a, &b))
 }
 
-/// Quantize the tensors named `packed` of `files` in the folder `source`, copy the others, and write safetensors files
-/// into the existing folder `destination`; with none, only plan. What is finished gets a line in the existing file
+/// Quantize the tensors named `packed` of `files` in the folder `source`, those that are `transposed` too as the matrices
+/// (out, in) that the files hold as (in, out), copy the others, and write safetensors files into the existing folder
+/// `destination`; with none, only plan. What is finished gets a line in the existing file
 /// `journal`. What was so already, by the SHA-256 of source tensors' outputs and of source files, is checked and kept.
 ///
 /// Returns `{"shards": [{"name", "tensors": [(name, dtype, shape, start, end), ...]}, ...], "source_sha256": {file: hex}}`.
 #[pyfunction]
-#[pyo3(signature = (spec, *, source, files, packed, destination, journal, finished_tensors, finished_files, max_shard_size, slice_bytes, num_threads, progress))]
+#[pyo3(signature = (spec, *, source, files, packed, transposed, destination, journal, finished_tensors, finished_files, max_shard_size, slice_bytes, num_threads, progress))]
 #[allow(clippy::too_many_arguments, clippy::needless_pass_by_value)] // named at the only call; pyo3 hands over values
 pub fn pack_checkpoint<'py>(
     py: Python<'py>,
@@ -77,6 +78,7 @@ pub fn pack_checkpoint<'py>(
     source: PathBuf,
     files: Vec<String>,
     packed: Vec<String>,
+    transposed: Vec<String>,
     destination: Option<PathBuf>,
     journal: Option<PathBuf>,
     finished_tensors: HashMap<String, String>,
@@ -89,7 +91,15 @@ pub fn pack_checkpoint<'py>(
     let spec = &spec.inner;
     let version = env!("CARGO_PKG_VERSION");
     let (plan, digests) = detached(py, progress, |control| {
-        let request = PlanRequest { source: &source, files: &files, packed: &packed, spec, max_shard_size, version };
+        let request = PlanRequest {
+            source: &source,
+            files: &files,
+            packed: &packed,
+            transposed: &transposed,
+            spec,
+            max_shard_size,
+            version,
+        };
         let plan = Plan::new(&request)?;
         let digests = match destination {
             Some(folder) => {

@@ -49,6 +49,12 @@ def _layout(shape: tuple[int, ...]) -> tuple[int, int, int]:
     return math.prod(shape[:-2]), rows, shape[-1]
 
 
+def checksum(tensor: Tensor) -> str:
+    """XXH3 (128 bits, hex) of the bytes of a contiguous CPU tensor."""
+    address, elements = _memory(tensor)
+    return _core.checksum((address, elements * tensor.element_size()))
+
+
 def quantize(weight: Tensor, spec: QuantSpec, check_finite: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Codes, absmax, group scales and offset of a weight; the last two are empty without double quantization."""
     weight = weight.contiguous()

@@ -337,6 +337,11 @@ class Spec:
         Code of the value nearest zero.
         """
 
+def checksum(source: tuple[SupportsIndex, SupportsIndex]) -> str:
+    """
+    XXH3 (128 bits, hexadecimal) of memory: what a journal knows written bytes by.
+    """
+
 def cuda_load(
     files: SupportsGetItem[
         int, tuple[str | PathLike[str], SupportsGetItem[int, tuple[str, tuple[SupportsIndex, SupportsIndex]]]]
@@ -435,6 +440,11 @@ def dynamic_map(signed: bool = True) -> list[float]:
     The 256 float32 values of the signed 8-bit dynamic map, which double quantization uses, or of the unsigned one.
     """
 
+def file_checksum(path: str | PathLike[str], *, start: SupportsIndex, bytes: SupportsIndex) -> str:
+    """
+    The same of `bytes` bytes of the file `path`, from `start` on.
+    """
+
 def linear(
     spec: Spec,
     *,
@@ -473,8 +483,8 @@ def pack_checkpoint(
     """
     Quantize the tensors named `packed` of `files` in the folder `source`, those that are `transposed` too as the matrices
     (out, in) that the files hold as (in, out), copy the others, and write safetensors files into the existing folder
-    `destination`; with none, only plan. What is finished gets a line in the existing file
-    `journal`. What was so already, by the SHA-256 of source tensors' outputs and of source files, is checked and kept.
+    `destination`; with none, only plan. What is finished gets a line in the existing file `journal`. What was so already,
+    by the checksums of source tensors' outputs and the SHA-256 of source files, is checked and kept.
 
     Returns `{"shards": [{"name", "tensors": [(name, dtype, shape, start, end), ...]}, ...], "source_sha256": {file: hex}}`.
     """

@@ -108,9 +108,10 @@ def test_what_an_interruption_leaves_is_resumed(interrupted, tmp_path):
 def test_finished_source_files_are_not_read_again(make_model, tmp_path, monkeypatch):
     source = make_model(shards=3)
     partial = finish_all(source, tmp_path / "packed")
-    first, second, third = sorted(source.glob("*.safetensors"))
     journal = [json.loads(line) for line in (partial / JOURNAL).read_text().splitlines()]
-    assert [entry["file"] for entry in journal if "file" in entry] == [first.name, second.name, third.name]
+    # They are read side by side, and end in any order.
+    first, second, third = (source / entry["file"] for entry in journal if "file" in entry)
+    assert sorted([first, second, third]) == sorted(source.glob("*.safetensors"))
     stamps = {path: path.stat() for path in (first, second)}
     for path, status in stamps.items():  # what is read would be noticed to be another file's
         data = bytearray(path.read_bytes())
@@ -200,7 +201,7 @@ def test_another_command_of_another_name_is_refused(interrupted, tmp_path):
 
 @pytest.mark.parametrize(
     "text",
-    ["", "{", "[]", '{"format_version": 1}', '{"format_version": 2, "command": 7}', "[" * 100_000, "\xff"],
+    ["", "{", "[]", '{"format_version": 3}', '{"format_version": 3, "command": 7}', "[" * 100_000, "\xff"],
 )
 def test_a_journal_that_is_none_makes_the_folder_somebody_elses(make_model, tmp_path, text):
     source, partial = make_model(), tmp_path / "packed.partial"
@@ -212,9 +213,32 @@ def test_a_journal_that_is_none_makes_the_folder_somebody_elses(make_model, tmp_
     assert (partial / "notes.txt").read_text() == "mine"
 
 
+@pytest.mark.parametrize("version", [2, 4])
+def test_what_another_version_left_is_refused_and_says_so(interrupted, tmp_path, version):
+    source, partial = interrupted()
+    head, *lines = (partial / JOURNAL).read_text().splitlines()
+    # As version 2 wrote it.
+    text = "\n".join([json.dumps({**json.loads(head), "format_version": version}), *lines])
+    (partial / JOURNAL).write_text(text.replace("xxh3_128", "sha256"))
+    before = content(partial)
+    message = rf"another version of qlora-rs, .* format {version}, and not 3 .* remove .*packed\.partial"
+    with pytest.raises(qlora_rs.UnsupportedError, match=message):
+        checkpoint.quantize(source, tmp_path / "packed", **OPTIONS)
+    assert content(partial) == before
+    assert not (tmp_path / "packed").exists()
+
+
 @pytest.mark.parametrize(
     "line",
-    ["7", "{}", '{"tensor": 7, "sha256": "0"}', '{"tensor": "model.norm.weight", "sha256": null}', "\xff", "{" * 9000],
+    [
+        "7",
+        "{}",
+        '{"tensor": 7, "xxh3_128": "0"}',
+        '{"tensor": "model.norm.weight", "xxh3_128": null}',
+        '{"tensor": "model.norm.weight", "sha256": "0"}',
+        "\xff",
+        "{" * 9000,
+    ],
 )
 def test_a_line_that_is_none_ends_the_journal(make_model, tmp_path, watched, line):
     source = make_model()
@@ -235,8 +259,8 @@ def test_wrong_hashes_and_unknown_names_are_not_believed(make_model, tmp_path):
     lines = [json.loads(line) for line in (partial / JOURNAL).read_text().splitlines()]
     for entry in lines[1:]:
         if "tensor" in entry:
-            entry["sha256"] = lines[1]["sha256"]
-    lines.append({"tensor": "ghost", "sha256": "0"})
+            entry["xxh3_128"] = lines[1]["xxh3_128"]
+    lines.append({"tensor": "ghost", "xxh3_128": "0"})
     (partial / JOURNAL).write_text("".join(json.dumps(entry) + "\n" for entry in lines))
     checkpoint.quantize(source, tmp_path / "packed", **OPTIONS)
     assert content(tmp_path / "packed") == content(tmp_path / "expected")

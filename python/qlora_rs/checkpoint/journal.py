@@ -14,7 +14,9 @@ from qlora_rs import _core
 from qlora_rs.checkpoint.source import CONFIG, Source
 
 JOURNAL = ".qlora_rs_journal.jsonl"
-_VERSION = 2
+VERSION = 3
+# What a thing that is finished is known by.
+_HASHES = {"tensor": "xxh3_128", "file": "sha256"}
 # A line for each of a hundred thousand tensors takes some 20 MB; a longer journal is not ours.
 _MAX_BYTES = 1 << 28
 
@@ -25,14 +27,16 @@ Command = Mapping[str, Any]
 class Journal:
     """A file of JSON lines: first the command, then a line for each thing that is finished, written as it is.
 
-    Nothing is synced: a line says how its data hash, so that data which a power cut took are noticed and made again.
+    Nothing is synced: a line has a checksum of its data, so that what a power cut took is noticed and made again.
 
     Attributes:
         path: the file.
         command: what makes the folder, as plain JSON values.
-        tensors: SHA-256 of the bytes of the tensors that were written, by name.
+        tensors: XXH3 (128 bits, hex) of the bytes of the tensors that were written, by name; where a tensor became
+            several, theirs one after the other.
         files: SHA-256 of the source files that were read to their end, by name.
         results: what was found out while a tensor was made, where the command reports that.
+        version: of the format; what is finished is known only of `VERSION`.
     """
 
     path: Path
@@ -40,6 +44,7 @@ class Journal:
     tensors: dict[str, str] = field(default_factory=dict)
     files: dict[str, str] = field(default_factory=dict)
     results: dict[str, Any] = field(default_factory=dict)
+    version: int = VERSION
 
     @classmethod
     def read(cls, path: Path) -> Journal | None:
@@ -50,11 +55,12 @@ class Journal:
             first, *lines = path.read_bytes().split(b"\n")
         except OSError:
             return None
-        head = _parse(first)
-        if head is None or head.get("format_version") != _VERSION or not isinstance(head.get("command"), dict):
+        head = _parse(first) or {}
+        version, command = head.get("format_version"), head.get("command")
+        if not isinstance(version, int) or not isinstance(command, dict):
             return None
-        journal = cls(path, head["command"])
-        for line in lines:
+        journal = cls(path, command, version=version)
+        for line in lines if version == VERSION else ():
             entry = _parse(line)
             if entry is None or not journal._take(entry):
                 break
@@ -69,12 +75,12 @@ class Journal:
             os.fsync(file.fileno())
         os.replace(draft, self.path)
 
-    def add_tensor(self, name: str, sha256: str, result: Any = None) -> None:
+    def add_tensor(self, name: str, checksum: str, result: Any = None) -> None:
         """Append that a tensor is written, and what is to be known of it."""
-        self.tensors[name] = sha256
-        entry = {"tensor": name, "sha256": sha256}
+        self.tensors[name] = checksum
         if result is not None:
-            self.results[name] = entry["result"] = result
+            self.results[name] = result
+        entry = self._tensor_entry(name)
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps(entry) + "\n")
 
@@ -88,26 +94,23 @@ class Journal:
         ]
 
     def _take(self, entry: Mapping[str, Any]) -> bool:
-        sha256 = entry.get("sha256")
         kind = "tensor" if "tensor" in entry else "file"
-        name = entry.get(kind)
-        if not isinstance(sha256, str) or not isinstance(name, str):
+        name, digest = entry.get(kind), entry.get(_HASHES[kind])
+        if not isinstance(name, str) or not isinstance(digest, str):
             return False
-        (self.tensors if kind == "tensor" else self.files)[name] = sha256
+        (self.tensors if kind == "tensor" else self.files)[name] = digest
         if "result" in entry:
             self.results[name] = entry["result"]
         return True
 
+    def _tensor_entry(self, name: str) -> dict[str, Any]:
+        entry = {"tensor": name, _HASHES["tensor"]: self.tensors[name]}
+        return {**entry, "result": self.results[name]} if name in self.results else entry
+
     def _entries(self) -> Iterator[dict[str, Any]]:
-        yield {"format_version": _VERSION, "command": dict(self.command)}
-        for name, sha256 in self.tensors.items():
-            yield {
-                "tensor": name,
-                "sha256": sha256,
-                **({"result": self.results[name]} if name in self.results else {}),
-            }
-        for name, sha256 in self.files.items():
-            yield {"file": name, "sha256": sha256}
+        yield {"format_version": VERSION, "command": dict(self.command)}
+        yield from map(self._tensor_entry, self.tensors)
+        yield from ({"file": name, _HASHES["file"]: sha256} for name, sha256 in self.files.items())
 
 
 def describe_command(name: str, source: Source, **options: Any) -> dict[str, Any]:

@@ -57,7 +57,8 @@ def quantize(
             transformers is not installed or does not know the architecture.
         overwrite: replace an existing model in ``dst`` once the new one is whole.
         dry_run: only report; nothing is written.
-        num_threads: threads that quantize; 0 for all. What another library quantized takes all.
+        num_threads: threads that quantize, and most files that are hashed side by side (up to four); 0 for all. What
+            another library quantized takes all.
         max_shard_size: bytes of tensors per file.
         slice_bytes: bytes that pass at a time; the output does not depend on it.
         progress: called with (bytes done, bytes in all) of the source (of its values, and to hash it, where another

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from qlora_rs import _core
 from qlora_rs.checkpoint.folder import sync_folder
-from qlora_rs.checkpoint.journal import JOURNAL, Command, Journal
+from qlora_rs.checkpoint.journal import JOURNAL, VERSION, Command, Journal
 from qlora_rs.errors import UnsupportedError
 
 
@@ -49,7 +49,8 @@ def partial_folder(
 
     Raises:
         FileExistsError: the partial folder is somebody else's.
-        UnsupportedError: another command has left it, or another process is writing to it.
+        UnsupportedError: another command, or another version of this library, has left it, or another process is
+            writing to it.
     """
     destination.parent.mkdir(parents=True, exist_ok=True)
     path = destination.with_name(destination.name + ".partial")
@@ -111,6 +112,12 @@ def _claim(
             if set(os.listdir(path)) - {JOURNAL, f"{JOURNAL}.draft"}:
                 raise _in_the_way(path)
             journal = Journal(path / JOURNAL, command)
+        elif journal.version != VERSION:
+            raise UnsupportedError(
+                f"{path} is the unfinished output of another version of qlora-rs, whose journal is of format "
+                f"{journal.version}, and not {VERSION} as this one's: finish it with that version, or remove {path} "
+                f"to start anew"
+            )
         elif differences := journal.differences(command):
             raise UnsupportedError(
                 f"{path} is the unfinished output of another command: {'; '.join(differences[:5])}"

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from qlora_rs import _bridge, _core
 from qlora_rs.checkpoint.folder import naming, write_json
 from qlora_rs.checkpoint.partial import Partial
 from qlora_rs.checkpoint.source import INDEX, SINGLE
@@ -92,7 +91,7 @@ def write_shards(
 ) -> None:
     """Write the files, and the index where there are several; ``read(name)`` makes each tensor when it is due.
 
-    Tensors that an interrupted run has finished, by the journal and by the hash of their bytes, are left as they are.
+    Tensors that an interrupted run has finished, by the journal and by their checksums, are left as they are.
 
     Args:
         partial: the folder, and the journal that gets a line for each tensor.
@@ -105,55 +104,35 @@ def write_shards(
     Raises:
         OSError: the system failed, with the file's name.
     """
-    with ThreadPoolExecutor(1) as hasher:
-        for shard in shards:
-            path = partial.path / shard.file
-            with naming(path), open(path, "r+b" if path.exists() else "x+b") as file:
-                header = _header(shard, metadata)
-                if file.read(len(header)) != header:
-                    file.seek(0)
-                    file.truncate()
-                    file.write(header)
-                file.truncate(len(header) + shard.nbytes)
-                starts, start = {}, len(header)
-                for planned in shard.tensors:
-                    starts[planned.name] = start
-                    start += planned.nbytes
-                for planned in shard.due:
-                    recorded = partial.journal.tensors.get(planned.name)
-                    if recorded is not None and recorded == _sha256_of(file, starts[planned.name], planned.nbytes):
-                        done(planned.name, True)
-                        continue
-                    content = _content(planned, read(planned.name))
-                    digest = hasher.submit(_sha256, content)
-                    file.seek(starts[planned.name])
-                    file.write(content)
-                    file.flush()
-                    sha256 = digest.result()
-                    partial.journal.add_tensor(planned.name, sha256, done(planned.name, False))
-                os.fsync(file.fileno())
+    for shard in shards:
+        path = partial.path / shard.file
+        with naming(path), open(path, "r+b" if path.exists() else "x+b") as file:
+            header = _header(shard, metadata)
+            if file.read(len(header)) != header:
+                file.seek(0)
+                file.truncate()
+                file.write(header)
+            file.truncate(len(header) + shard.nbytes)
+            starts, start = {}, len(header)
+            for planned in shard.tensors:
+                starts[planned.name] = start
+                start += planned.nbytes
+            for planned in shard.due:
+                recorded, start = partial.journal.tensors.get(planned.name), starts[planned.name]
+                if recorded is not None and recorded == _core.file_checksum(path, start=start, bytes=planned.nbytes):
+                    done(planned.name, True)
+                    continue
+                content = _content(planned, read(planned.name))
+                file.seek(start)
+                file.write(content.numpy().data)
+                file.flush()
+                partial.journal.add_tensor(planned.name, _bridge.checksum(content), done(planned.name, False))
+            os.fsync(file.fileno())
     if len(shards) > 1:
         weight_map = {tensor.name: shard.file for shard in shards for tensor in shard.tensors}
         total = sum(shard.nbytes for shard in shards)
         described = {**(index_metadata or {}), "total_size": total}
         write_json(partial.path / INDEX, {"metadata": described, "weight_map": dict(sorted(weight_map.items()))})
-
-
-def _sha256(content: Any) -> str:
-    return hashlib.sha256(content).hexdigest()
-
-
-def _sha256_of(file: BinaryIO, start: int, count: int) -> str | None:
-    """SHA-256 of bytes of a file in hex; None where there are less."""
-    digest = hashlib.sha256()
-    file.seek(start)
-    while count:
-        content = file.read(min(count, 1 << 20))
-        if not content:
-            return None
-        digest.update(content)
-        count -= len(content)
-    return digest.hexdigest()
 
 
 def _aligned(tensors: Sequence[PlannedTensor]) -> tuple[PlannedTensor, ...]:
@@ -185,8 +164,8 @@ def _header(shard: PlannedShard, metadata: Mapping[str, str]) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
-def _content(planned: PlannedTensor, tensor: Tensor) -> Any:
+def _content(planned: PlannedTensor, tensor: Tensor) -> Tensor:
     """The tensor's bytes, in the format's order (row-major, little endian), without a copy."""
-    content = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    content = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
     assert content.nbytes == planned.nbytes, f"{planned.name}: planned {planned.nbytes}, got {content.nbytes}"
     return content

@@ -54,7 +54,14 @@ def quantize(
             "know the architecture. Repeatable.",
         ),
     ] = None,
-    jobs: Annotated[int, typer.Option("--jobs", min=0, help="Threads that quantize; 0 for all.")] = 0,
+    jobs: Annotated[
+        int,
+        typer.Option(
+            "--jobs",
+            min=0,
+            help="Threads that quantize; 0 for all. Source files hashed side by side: as many, up to 4.",
+        ),
+    ] = 0,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace DST once the new is whole.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be packed; write nothing.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as one JSON document.")] = False,

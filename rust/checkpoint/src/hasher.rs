@@ -1,4 +1,4 @@
-//! SHA-256 of the source files, on a thread of its own between reading and quantizing.
+//! SHA-256 of the source files, between reading and quantizing: one thread for each file in work.
 
 use std::sync::mpsc::{Receiver, SyncSender};
 
@@ -21,10 +21,11 @@ pub enum Hashed {
     },
 }
 
-/// Hash what comes in and hand it on; ends, in silence, once either end is gone.
+/// Hash what comes in and hand it on with the number of this `lane`; ends, in silence, once either end is gone.
 pub fn hash_all(
+    lane: usize,
     incoming: Receiver<Result<Event, CheckpointError>>,
-    outgoing: &SyncSender<Result<Hashed, CheckpointError>>,
+    outgoing: &SyncSender<(usize, Result<Hashed, CheckpointError>)>,
 ) {
     let mut hash = Sha256::new();
     for event in incoming {
@@ -40,7 +41,7 @@ pub fn hash_all(
             Ok(Event::End { source }) => Ok(Hashed::Digest { source, digest: hexadecimal(&hash.finalize_reset()) }),
             Err(error) => Err(error),
         };
-        if outgoing.send(hashed).is_err() {
+        if outgoing.send((lane, hashed)).is_err() {
             return;
         }
     }
@@ -72,12 +73,12 @@ mod tests {
             events.send(Ok(event)).expect("room");
         }
         drop(events);
-        hash_all(incoming, &outgoing);
+        hash_all(7, incoming, &outgoing);
         drop(outgoing);
         let digests: Vec<(usize, String)> = results
             .iter()
             .map(|result| match result {
-                Ok(Hashed::Digest { source, digest }) => (source, digest),
+                (7, Ok(Hashed::Digest { source, digest })) => (source, digest),
                 other => panic!("{other:?}"),
             })
             .collect();

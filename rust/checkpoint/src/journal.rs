@@ -1,7 +1,7 @@
 //! What of an output is finished: a line of JSON for each tensor and each source file, appended as it is.
 //!
-//! Nothing is synced line by line. A line holds the SHA-256 of what was written, so that an interrupted run can tell what
-//! is there from what a power cut took.
+//! Nothing is synced line by line. A line holds a checksum of what was written, so that an interrupted run can tell what is
+//! there from what a power cut took.
 
 use std::collections::HashMap;
 use std::fs::{File, OpenOptions};
@@ -14,12 +14,12 @@ use serde::Serialize;
 
 use crate::error::CheckpointError;
 
-/// What an interrupted run says that it finished: SHA-256 in hexadecimal by name.
+/// What an interrupted run says that it finished, by name.
 #[derive(Debug, Clone, Default)]
 pub struct Finished {
-    /// Of the output of source tensors: the bytes of their parts, one after the other.
+    /// Of the output of source tensors: the checksums of its parts, one after the other.
     pub tensors: HashMap<String, String>,
-    /// Of source files that were read to their end.
+    /// Of source files that were read to their end: SHA-256 in hexadecimal.
     pub files: HashMap<String, String>,
 }
 
@@ -31,17 +31,10 @@ pub struct Journal {
 }
 
 #[derive(Serialize)]
-#[serde(rename_all = "snake_case")]
-enum Subject<'a> {
-    Tensor(&'a str),
-    File(&'a str),
-}
-
-#[derive(Serialize)]
-struct Entry<'a> {
-    #[serde(flatten)]
-    subject: Subject<'a>,
-    sha256: &'a str,
+#[serde(untagged)]
+enum Entry<'a> {
+    Tensor { tensor: &'a str, xxh3_128: &'a str },
+    File { file: &'a str, sha256: &'a str },
 }
 
 impl Journal {
@@ -60,8 +53,8 @@ impl Journal {
     ///
     /// # Errors
     /// [`CheckpointError::Io`].
-    pub fn add_tensor(&mut self, name: &str, sha256: &str) -> Result<(), CheckpointError> {
-        self.add(&Entry { subject: Subject::Tensor(name), sha256 })
+    pub fn add_tensor(&mut self, name: &str, checksums: &str) -> Result<(), CheckpointError> {
+        self.add(&Entry::Tensor { tensor: name, xxh3_128: checksums })
     }
 
     /// A source file was read to its end.
@@ -69,7 +62,7 @@ impl Journal {
     /// # Errors
     /// [`CheckpointError::Io`].
     pub fn add_file(&mut self, name: &str, sha256: &str) -> Result<(), CheckpointError> {
-        self.add(&Entry { subject: Subject::File(name), sha256 })
+        self.add(&Entry::File { file: name, sha256 })
     }
 
     fn add(&mut self, entry: &Entry<'_>) -> Result<(), CheckpointError> {
@@ -96,7 +89,7 @@ mod tests {
         journal.add_tensor("a\n\"b", "00").expect("written");
         journal.add_file("m.safetensors", "ff").expect("written");
         let expected =
-            "{}\n{\"tensor\":\"a\\n\\\"b\",\"sha256\":\"00\"}\n{\"file\":\"m.safetensors\",\"sha256\":\"ff\"}\n";
+            "{}\n{\"tensor\":\"a\\n\\\"b\",\"xxh3_128\":\"00\"}\n{\"file\":\"m.safetensors\",\"sha256\":\"ff\"}\n";
         assert_eq!(fs::read_to_string(&path).expect("readable"), expected);
     }
 

@@ -1,70 +1,18 @@
-//! The one pass over the source: each file front to back in slices.
+//! The one pass over the source: each file front to back in slices, more than one file where one alone is hashed too slowly.
 
 use std::fs::{File, Metadata};
-use std::io::{ErrorKind, Read};
-use std::os::unix::fs::MetadataExt;
+use std::io::ErrorKind;
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::sync::mpsc::{Receiver, SyncSender};
 
 use qlora_core::Control;
 use rustix::fs::{Advice, fadvise};
 
 use crate::error::CheckpointError;
-use crate::header::{Header, Tensor, open_source};
-use crate::plan::{PackStep, Source, Step};
-
-/// Memory for one slice, aligned for every float type.
-#[derive(Debug)]
-pub struct Buffer {
-    words: Vec<u64>,
-    bytes: usize,
-}
-
-impl Buffer {
-    /// Room for slices of `bytes`.
-    #[must_use]
-    pub fn new(bytes: usize) -> Self {
-        Self { words: vec![0; bytes.div_ceil(8)], bytes: 0 }
-    }
-
-    /// The slice that was read.
-    #[must_use]
-    pub fn filled(&self) -> &[u8] {
-        &bytemuck::cast_slice(&self.words)[..self.bytes]
-    }
-
-    /// Room for a slice of `bytes`, more than planned for if a single block needs it.
-    fn prepare(&mut self, bytes: usize) -> &mut [u8] {
-        if self.words.len() * 8 < bytes {
-            self.words.resize(bytes.div_ceil(8), 0);
-        }
-        self.bytes = bytes;
-        &mut bytemuck::cast_slice_mut(&mut self.words)[..bytes]
-    }
-}
-
-/// Part of a tensor.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Piece {
-    /// Bytes from `offset` on.
-    Bytes {
-        /// Counted from the start of the tensor.
-        offset: u64,
-    },
-    /// `rows` stored rows of one expert from `row` on, of each the columns from `col` on. Less than whole rows only
-    /// where a row is longer than a slice: then one row at a time, cut between blocks where these run along rows.
-    Block {
-        /// Which expert.
-        expert: usize,
-        /// First row.
-        row: usize,
-        /// How many.
-        rows: usize,
-        /// First column.
-        col: usize,
-        /// How many.
-        cols: usize,
-    },
-}
+use crate::header::{Header, open_source};
+use crate::page_cache::Trail;
+use crate::plan::Source;
+use crate::slices::{Buffer, Piece, pieces};
 
 /// Part of a tensor, with its bytes.
 #[derive(Debug)]
@@ -93,159 +41,166 @@ pub enum Event {
     },
 }
 
-/// The pieces of a weight as it is stored, each at most `slice_bytes` (but one block at least), in storage order.
-pub fn weight_pieces(step: &PackStep, slice_bytes: usize) -> impl Iterator<Item = Piece> + use<> {
-    let (experts, (rows, cols)) = (step.experts, step.stored());
-    let slice = (slice_bytes / step.float_type.size()).max(1);
-    let block = step.layout.block_size();
-    let rows_per_piece = (slice / cols.max(1)).max(1);
-    let cols_per_piece = if cols > slice { (slice / block * block).max(block) } else { cols.max(1) };
-    let empty = cols == 0;
-    (0..if empty { 0 } else { experts }).flat_map(move |expert| {
-        (0..rows).step_by(rows_per_piece).flat_map(move |row| {
-            (0..cols).step_by(cols_per_piece).map(move |col| Piece::Block {
-                expert,
-                row,
-                rows: rows_per_piece.min(rows - row),
-                col,
-                cols: cols_per_piece.min(cols - col),
-            })
-        })
-    })
+/// Where one file after the other goes to be hashed.
+struct Lane<'a> {
+    events: SyncSender<Result<Event, CheckpointError>>,
+    empties: Vec<Buffer>,
+    reading: Option<Reading<'a>>,
 }
 
-/// The pieces of a tensor and their sizes in bytes, in storage order.
-fn pieces(tensor: &Tensor, step: &Step, slice_bytes: usize) -> Box<dyn Iterator<Item = (Piece, usize)>> {
-    match step {
-        Step::Pack(step) => {
-            let size = step.float_type.size();
-            Box::new(weight_pieces(step, slice_bytes).map(move |piece| match piece {
-                Piece::Block { rows, cols, .. } => (piece, rows * cols * size),
-                Piece::Bytes { .. } => (piece, 0),
-            }))
-        }
-        Step::Copy(_) => {
-            let total = tensor.bytes();
-            let offsets = (0..total).step_by(slice_bytes);
-            Box::new(
-                offsets.map(move |offset| (Piece::Bytes { offset }, (total - offset).min(slice_bytes as u64) as usize)),
-            )
-        }
-    }
+/// What became of a lane.
+enum Outcome {
+    /// It goes on.
+    Open,
+    /// There is no file left for it.
+    Over,
+    /// Nobody listens any more.
+    Deaf,
 }
 
-/// Where slices go and where empty buffers come from.
-pub struct Lines {
-    /// To whoever hashes them.
-    pub events: SyncSender<Result<Event, CheckpointError>>,
-    /// Back from there.
-    pub empties: Receiver<Buffer>,
-}
-
-/// Read the sources that `wanted` names; ends early, in silence, once the other end is gone.
-pub fn read_all(sources: &[Source], wanted: &[bool], slice_bytes: usize, lines: &Lines, control: &Control) {
-    for (index, source) in sources.iter().enumerate().filter(|(index, _)| wanted[*index]) {
-        match read_one(index, source, slice_bytes, lines, control) {
-            Ok(true) => {}
-            Ok(false) => return,
+/// Read the sources that `wanted` names, each into one of the `lanes`; empty buffers are `returned` with the number of
+/// the lane that they belong to. Ends early, in silence, once the other end is gone.
+///
+/// Files are read in their order, and from a later one only while the buffers of all earlier ones are full: a disk that
+/// is no faster than one lane reads one file from front to back.
+pub fn read_all(
+    sources: &[Source],
+    wanted: &[bool],
+    slice_bytes: usize,
+    lanes: Vec<SyncSender<Result<Event, CheckpointError>>>,
+    returned: &Receiver<(usize, Buffer)>,
+    control: &Control,
+) {
+    let mut left = sources.iter().enumerate().filter(|(index, _)| wanted[*index]);
+    let open = |events| Some(Lane { events, empties: Vec::new(), reading: None });
+    let mut lanes: Vec<Option<Lane<'_>>> = lanes.into_iter().map(open).collect();
+    while lanes.iter().any(Option::is_some) {
+        let ready = lanes.iter_mut().filter(|lane| lane.as_ref().is_some_and(|lane| !lane.empties.is_empty()));
+        let Some(next) = ready.min_by_key(|lane| lane.as_ref().map(Lane::file)) else {
+            let Ok(first) = returned.recv() else { return };
+            for (number, buffer) in std::iter::once(first).chain(returned.try_iter()) {
+                if let Some(lane) = &mut lanes[number] {
+                    lane.empties.push(buffer);
+                }
+            }
+            continue;
+        };
+        let Some(lane) = next else { unreachable!("only open lanes are ready") };
+        match control.check().map_err(CheckpointError::from).and_then(|()| lane.go_on(&mut left, slice_bytes)) {
+            Ok(Outcome::Open) => {}
+            Ok(Outcome::Over) => *next = None,
+            Ok(Outcome::Deaf) => return,
             Err(error) => {
                 // Nobody listens any more: whoever left had its own reason.
-                let _ = lines.events.send(Err(error));
+                let _ = lane.events.send(Err(error));
                 return;
             }
         }
     }
 }
 
-/// Returns whether the other end still listens.
-fn read_one(
-    index: usize,
-    source: &Source,
-    slice_bytes: usize,
-    lines: &Lines,
-    control: &Control,
-) -> Result<bool, CheckpointError> {
-    let path = &source.path;
-    let mut file = open_source(path)?;
-    let opened = file.metadata().map_err(CheckpointError::io(path))?;
-    // Advice only: a file system that has none to take reads just the same.
-    let _ = fadvise(&file, 0, None, Advice::Sequential);
-    match Header::read_open(path, &file) {
-        Ok(header) if header == source.header => {}
-        // It was whole when the plan was made.
-        Ok(_) | Err(CheckpointError::Format { .. }) => return Err(changed(source)),
-        Err(error) => return Err(error),
+impl<'a> Lane<'a> {
+    /// Its place in the order of files; lanes without one come last.
+    fn file(&self) -> usize {
+        self.reading.as_ref().map_or(usize::MAX, |reading| reading.index)
     }
-    let mut front = vec![0u8; source.header.data_start() as usize];
-    read_exact(&mut file, &mut front, source)?;
-    if lines.events.send(Ok(Event::Front(front))).is_err() {
-        return Ok(false);
-    }
-    for (tensor, (info, step)) in source.header.tensors.iter().zip(&source.steps).enumerate() {
-        for (piece, bytes) in pieces(info, step, slice_bytes) {
-            control.check()?;
-            let Ok(mut buffer) = lines.empties.recv() else { return Ok(false) };
-            read_exact(&mut file, buffer.prepare(bytes), source)?;
-            if lines.events.send(Ok(Event::Slice(Slice { source: index, tensor, piece, buffer }))).is_err() {
-                return Ok(false);
+
+    /// Open a file, read a slice or close the file. There has to be an empty buffer.
+    fn go_on(
+        &mut self,
+        left: &mut impl Iterator<Item = (usize, &'a Source)>,
+        slice_bytes: usize,
+    ) -> Result<Outcome, CheckpointError> {
+        let event = if let Some(reading) = &mut self.reading {
+            match (reading.slices.next(), self.empties.pop()) {
+                (Some(cut), Some(buffer)) => Event::Slice(reading.read(cut, buffer)?),
+                (Some(_), None) => unreachable!("lanes without empty buffers wait"),
+                (None, unused) => {
+                    self.empties.extend(unused);
+                    let source = reading.close()?;
+                    self.reading = None;
+                    Event::End { source }
+                }
             }
+        } else {
+            let Some((index, source)) = left.next() else { return Ok(Outcome::Over) };
+            let (reading, front) = Reading::open(index, source, slice_bytes)?;
+            self.reading = Some(reading);
+            Event::Front(front)
+        };
+        Ok(if self.events.send(Ok(event)).is_ok() { Outcome::Open } else { Outcome::Deaf })
+    }
+}
+
+/// A tensor's index, a piece of it, and the bytes of that.
+type Cut = (usize, Piece, usize);
+
+/// A file in work.
+struct Reading<'a> {
+    index: usize,
+    source: &'a Source,
+    file: File,
+    position: u64,
+    trail: Trail,
+    opened: Metadata,
+    slices: Box<dyn Iterator<Item = Cut> + 'a>,
+}
+
+impl<'a> Reading<'a> {
+    /// Returns everything before the data, too.
+    fn open(index: usize, source: &'a Source, slice_bytes: usize) -> Result<(Self, Vec<u8>), CheckpointError> {
+        let path = &source.path;
+        let file = open_source(path)?;
+        let opened = file.metadata().map_err(CheckpointError::io(path))?;
+        let trail = Trail::new(&file, opened.len());
+        // Advice only: a file system that has none to take reads just the same.
+        let _ = fadvise(&file, 0, None, Advice::Sequential);
+        match Header::read_open(path, &file) {
+            Ok(header) if header == source.header => {}
+            // It was whole when the plan was made.
+            Ok(_) | Err(CheckpointError::Format { .. }) => return Err(changed(source)),
+            Err(error) => return Err(error),
         }
+        let slices =
+            source.header.tensors.iter().zip(&source.steps).enumerate().flat_map(move |(tensor, (info, step))| {
+                pieces(info, step, slice_bytes).map(move |(piece, bytes)| (tensor, piece, bytes))
+            });
+        let mut reading = Self { index, source, file, position: 0, trail, opened, slices: Box::new(slices) };
+        let mut front = vec![0u8; source.header.data_start() as usize];
+        reading.read_exact(&mut front)?;
+        Ok((reading, front))
     }
-    let now = file.metadata().map_err(CheckpointError::io(path))?;
-    let stamp = |status: &Metadata| (status.len(), status.mtime(), status.mtime_nsec());
-    if stamp(&now) != stamp(&opened) {
-        return Err(changed(source));
+
+    fn read(&mut self, (tensor, piece, bytes): Cut, mut buffer: Buffer) -> Result<Slice, CheckpointError> {
+        self.read_exact(buffer.prepare(bytes))?;
+        self.trail.leave(&self.file, self.position);
+        Ok(Slice { source: self.index, tensor, piece, buffer })
     }
-    Ok(lines.events.send(Ok(Event::End { source: index })).is_ok())
+
+    /// Returns the index of the file, which is still the one that was opened.
+    fn close(&self) -> Result<usize, CheckpointError> {
+        let now = self.file.metadata().map_err(CheckpointError::io(&self.source.path))?;
+        self.trail.end(&self.file);
+        let stamp = |status: &Metadata| (status.len(), status.mtime(), status.mtime_nsec());
+        if stamp(&now) == stamp(&self.opened) { Ok(self.index) } else { Err(changed(self.source)) }
+    }
+
+    fn read_exact(&mut self, slice: &mut [u8]) -> Result<(), CheckpointError> {
+        let outcome = self.file.read_exact_at(slice, self.position);
+        outcome.map_err(|error| {
+            if error.kind() == ErrorKind::UnexpectedEof {
+                changed(self.source)
+            } else {
+                CheckpointError::io(&self.source.path)(error)
+            }
+        })?;
+        self.position += slice.len() as u64;
+        Ok(())
+    }
 }
 
 /// The error for a source that is not what it was when it was opened.
 #[must_use]
 pub fn changed(source: &Source) -> CheckpointError {
     CheckpointError::format(&source.path, "changed while it was being read; start again once nothing writes to it")
-}
-
-fn read_exact(file: &mut File, slice: &mut [u8], source: &Source) -> Result<(), CheckpointError> {
-    file.read_exact(slice).map_err(|error| {
-        if error.kind() == ErrorKind::UnexpectedEof {
-            changed(source)
-        } else {
-            CheckpointError::io(&source.path)(error)
-        }
-    })
-}
-
-#[cfg(test)]
-mod tests {
-    use proptest::prelude::*;
-    use qlora_core::{FloatType, Layout, QuantSpec, QuantType};
-
-    use super::*;
-    use crate::plan::Slot;
-
-    fn step(experts: usize, rows: usize, cols: usize, block_size: usize) -> PackStep {
-        let spec = QuantSpec::new(QuantType::Nf4, block_size, false, None).expect("valid");
-        let layout = Layout::new(experts, rows, cols, &spec).expect("fits");
-        let slot = Slot { shard: 0, offset: 0 };
-        let (float_type, transposed) = (FloatType::Bf16, false);
-        PackStep { float_type, experts, rows, cols, transposed, layout, codes: slot, absmax: slot, nested: None }
-    }
-
-    proptest! {
-        #[test]
-        fn pieces_cover_a_weight_in_storage_order_and_cut_rows_between_blocks_only(
-            experts in 0usize..4, rows in 0usize..9, cols in 0usize..300, slice in 1usize..700,
-            block_size in prop::sample::select(vec![32usize, 64, 128]),
-        ) {
-            let mut next = 0;
-            for piece in weight_pieces(&step(experts, rows, cols, block_size), slice) {
-                let Piece::Block { expert, row, rows: count, col, cols: width } = piece else { unreachable!() };
-                prop_assert_eq!((expert * rows + row) * cols + col, next);
-                prop_assert!(col.is_multiple_of(block_size) && (width == cols || count == 1));
-                prop_assert!(count * width * 2 <= slice.max(2 * block_size.min(cols)).max(2));
-                next += count * width;
-            }
-            prop_assert_eq!(next, experts * rows * cols);
-        }
-    }
 }

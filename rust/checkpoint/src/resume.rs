@@ -19,7 +19,7 @@ pub struct Remaining {
 }
 
 impl Remaining {
-    /// Hash the output of every tensor that is said to be finished. What is not there as it was is made again, on zeros.
+    /// Check the output of every tensor that is said to be finished. What is not there as it was is made again, on zeros.
     ///
     /// # Errors
     /// [`CheckpointError::Io`], or the wish to stop.
@@ -35,7 +35,7 @@ impl Remaining {
             for (index, tensor) in source.header.tensors.iter().enumerate() {
                 let extents = source.extents(index);
                 let found = match finished.tensors.get(&tensor.name) {
-                    Some(recorded) => writer.hash(&extents, control)? == *recorded,
+                    Some(recorded) => writer.checksum(&extents, control)? == *recorded,
                     None => false,
                 };
                 // An empty tensor is never read, but may have parts, whose zeros must not be what another run left.

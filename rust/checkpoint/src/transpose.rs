@@ -6,7 +6,7 @@ use std::ops::Range;
 use bytemuck::Pod;
 use qlora_core::{Control, CoreError, FloatType, Floats, Parallel};
 
-use crate::pack::floats;
+use crate::worker::floats;
 
 /// Rows and columns of the squares that are moved at a time: both sides of one stay in the first cache.
 const TILE: usize = 64;

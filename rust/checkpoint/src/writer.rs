@@ -8,14 +8,42 @@ use std::path::{Path, PathBuf};
 use qlora_core::Control;
 use rustix::fs::{FallocateFlags, OFlags, fallocate};
 use rustix::io::{Errno, retry_on_intr};
-use sha2::{Digest, Sha256};
 
+use crate::behind::WORTH_TELLING;
+use crate::checksum::Checksum;
 use crate::error::CheckpointError;
-use crate::hasher::hexadecimal;
 use crate::plan::{Extent, Plan, Slot};
 
-/// Bytes that are hashed at a time.
-const HASHED_BYTES: usize = 1 << 20;
+/// Zeros that are written at a time.
+const ZEROS: usize = 1 << 20;
+
+/// A stretch of an output file that is written front to back.
+#[derive(Debug)]
+pub struct Part {
+    extent: Extent,
+    written: u64,
+    /// What of it was told.
+    told: u64,
+    checksum: Checksum,
+}
+
+impl Part {
+    /// Nothing of `extent` is written yet.
+    #[must_use]
+    pub fn new(extent: Extent) -> Self {
+        Self { extent, written: 0, told: 0, checksum: Checksum::default() }
+    }
+
+    /// What was written since this was last asked; none while that is little.
+    pub fn news(&mut self) -> Option<Extent> {
+        let Slot { shard, offset } = self.extent.slot;
+        let news = Extent { slot: Slot { shard, offset: offset + self.told }, bytes: self.written - self.told };
+        (news.bytes >= WORTH_TELLING).then(|| {
+            self.told = self.written;
+            news
+        })
+    }
+}
 
 /// All output files of a plan, open.
 #[derive(Debug)]
@@ -50,34 +78,36 @@ impl Writer {
         Ok(Self { files })
     }
 
-    /// Write `bytes`, `skip` bytes behind `slot`.
+    /// Write the next bytes of a part.
     ///
     /// # Errors
     /// [`CheckpointError::Io`] naming the file.
-    pub fn write(&self, slot: Slot, skip: usize, bytes: &[u8]) -> Result<(), CheckpointError> {
+    pub fn append(&self, part: &mut Part, bytes: &[u8]) -> Result<(), CheckpointError> {
+        let Extent { slot, bytes: room } = part.extent;
+        debug_assert!(part.written + bytes.len() as u64 <= room, "a part is as large as planned");
         let (path, file) = &self.files[slot.shard];
-        file.write_all_at(bytes, slot.offset + skip as u64).map_err(CheckpointError::io(path))
+        file.write_all_at(bytes, slot.offset + part.written).map_err(CheckpointError::io(path))?;
+        part.checksum.update(bytes);
+        part.written += bytes.len() as u64;
+        Ok(())
     }
 
-    /// SHA-256, in hexadecimal, of the bytes in these places, one after the other, as they are in the files now.
+    /// Checksums of what was written into these parts, one after the other.
+    #[must_use]
+    pub fn checksum_of(parts: &[Part]) -> String {
+        parts.iter().map(|part| part.checksum.finish()).collect()
+    }
+
+    /// Checksums of what is in these places now, one after the other.
     ///
     /// # Errors
     /// [`CheckpointError::Io`] naming the file, or the wish to stop.
-    pub fn hash(&self, extents: &[Extent], control: &Control) -> Result<String, CheckpointError> {
-        let mut hash = Sha256::new();
-        let mut buffer = vec![0u8; HASHED_BYTES];
-        for Extent { slot, bytes } in extents {
+    pub fn checksum(&self, extents: &[Extent], control: &Control) -> Result<String, CheckpointError> {
+        let of = |Extent { slot, bytes }: &Extent| {
             let (path, file) = &self.files[slot.shard];
-            let mut done = 0;
-            while done < *bytes {
-                control.check()?;
-                let part = &mut buffer[..(bytes - done).min(HASHED_BYTES as u64) as usize];
-                file.read_exact_at(part, slot.offset + done).map_err(CheckpointError::io(path))?;
-                hash.update(&*part);
-                done += part.len() as u64;
-            }
-        }
-        Ok(hexadecimal(&hash.finalize()))
+            Checksum::of_file(path, file, slot.offset, *bytes, control)
+        };
+        extents.iter().map(of).collect()
     }
 
     /// Fill places with zeros.
@@ -86,12 +116,28 @@ impl Writer {
     /// [`CheckpointError::Io`] naming the file.
     pub fn clear(&self, extents: &[Extent]) -> Result<(), CheckpointError> {
         for Extent { slot, bytes } in extents {
-            for done in (0..*bytes).step_by(HASHED_BYTES) {
-                let zeros = vec![0u8; (bytes - done).min(HASHED_BYTES as u64) as usize];
-                self.write(*slot, done as usize, &zeros)?;
+            let (path, file) = &self.files[slot.shard];
+            for done in (0..*bytes).step_by(ZEROS) {
+                let zeros = vec![0u8; (bytes - done).min(ZEROS as u64) as usize];
+                file.write_all_at(&zeros, slot.offset + done).map_err(CheckpointError::io(path))?;
             }
         }
         Ok(())
+    }
+
+    /// A file, as it is open here.
+    #[must_use]
+    pub fn file(&self, shard: usize) -> &File {
+        &self.files[shard].1
+    }
+
+    /// Wait until what is written of a file is on the disk.
+    ///
+    /// # Errors
+    /// [`CheckpointError::Io`] naming the file.
+    pub fn sync(&self, shard: usize) -> Result<(), CheckpointError> {
+        let (path, file) = &self.files[shard];
+        file.sync_data().map_err(CheckpointError::io(path))
     }
 
     /// Write a file's header and wait until the file is on the disk.

@@ -203,6 +203,53 @@ fn metadata_hold_version_source_hashes_and_odd_shapes() {
 }
 
 #[test]
+fn files_side_by_side_give_the_bytes_of_one_after_the_other() {
+    let folder = tempfile::tempdir().expect("folder");
+    let mut files = Vec::new();
+    let mut packed = Vec::new();
+    for index in 0..11u32 {
+        // Of all sizes, from nothing on, so that files end in another order than they begin.
+        let rows = [9, 301, 0, 40, 77, 1, 130, 64, 3, 200, 5][index as usize];
+        let (weight, norm) = (format!("{index}.weight"), format!("{index}.norm"));
+        let elements: Vec<bf16> = values(rows * 70, index).into_iter().map(bf16::from_f32).collect();
+        files.push(format!("{index}.safetensors"));
+        write(
+            &folder.path().join(&files[index as usize]),
+            &[
+                (weight.as_str(), Dtype::BF16, vec![rows, 70], bytes_of(&elements)),
+                (norm.as_str(), Dtype::U8, vec![rows], vec![index as u8; rows]),
+            ],
+        );
+        packed.push(weight);
+    }
+    let spec = QuantSpec::new(QuantType::Nf4, 64, true, None).expect("valid");
+    let request = PlanRequest {
+        source: folder.path(),
+        files: &files,
+        packed: &packed,
+        transposed: &[],
+        spec: &spec,
+        max_shard_size: 20_000,
+        version: "1",
+    };
+    let plan = Plan::new(&request).expect("plans");
+    let run = |num_threads: usize| {
+        let out = tempfile::tempdir().expect("folder");
+        let control = Control::default();
+        let options = PackOptions { slice_bytes: 600, num_threads };
+        let digests = pack(&plan, &spec, out.path(), options, None, &control).expect("packs");
+        let (done, total) = control.progress();
+        assert_eq!(done, total);
+        let read = |name: &String| fs::read(out.path().join(name)).expect("written");
+        (digests, plan.shards.iter().map(|shard| read(&shard.name)).collect::<Vec<_>>())
+    };
+    let expected = run(1);
+    for threads in [2, 3, 7] {
+        assert_eq!(run(threads), expected, "{threads} threads");
+    }
+}
+
+#[test]
 fn every_nonfinite_value_of_a_weight_is_counted_across_slices() {
     let folder = tempfile::tempdir().expect("folder");
     let mut weight = vec![0.5f32; 9 * 70];
@@ -306,14 +353,14 @@ fn a_wish_to_stop_ends_the_work() {
     assert!(matches!(error, CheckpointError::Core(CoreError::Interrupted)));
 }
 
-/// The lines that a run has added to its journal, as (kind, name, SHA-256).
+/// The lines that a run has added to its journal, as (kind, name, hash).
 fn journal_lines(path: &Path) -> Vec<(String, String, String)> {
     let text = fs::read_to_string(path).expect("readable");
     text.lines()
         .map(|line| {
             let entry: HashMap<String, String> = serde_json::from_str(line).expect("a line of strings");
-            let kind = if entry.contains_key("tensor") { "tensor" } else { "file" };
-            (kind.to_owned(), entry[kind].clone(), entry["sha256"].clone())
+            let (kind, hash) = if entry.contains_key("tensor") { ("tensor", "xxh3_128") } else { ("file", "sha256") };
+            (kind.to_owned(), entry[kind].clone(), entry[hash].clone())
         })
         .collect()
 }
@@ -351,9 +398,9 @@ fn whatever_was_finished_the_rest_makes_the_same_files() {
     assert_eq!(lines.len(), 9); // seven tensors that are not empty, two files
     for count in 0..=lines.len() {
         let mut finished = Finished::default();
-        for (kind, name, sha256) in &lines[..count] {
+        for (kind, name, hash) in &lines[..count] {
             let into = if kind == "tensor" { &mut finished.tensors } else { &mut finished.files };
-            into.insert(name.clone(), sha256.clone());
+            into.insert(name.clone(), hash.clone());
         }
         // Everything that is not said to be finished is spoilt.
         for (index, source) in plan.sources.iter().enumerate() {

@@ -75,11 +75,11 @@ fuzz_target!(|input: &[u8]| {
     for (index, line) in fs::read_to_string(&journal).expect("readable").lines().enumerate() {
         if (usize::from(choice) + index) % 3 > 0 {
             let entry: HashMap<String, String> = serde_json::from_str(line).expect("a line of strings");
-            let (kind, into) = match entry.get("tensor") {
-                Some(name) => (name, &mut finished.tensors),
-                None => (&entry["file"], &mut finished.files),
+            let (name, hash, into) = match entry.get("tensor") {
+                Some(name) => (name, &entry["xxh3_128"], &mut finished.tensors),
+                None => (&entry["file"], &entry["sha256"], &mut finished.files),
             };
-            into.insert(kind.clone(), entry["sha256"].clone());
+            into.insert(name.clone(), hash.clone());
         }
     }
     let whole = read(folder.path());

@@ -1,16 +1,17 @@
 //! Files to files: headers, plans, and the streamed packing.
 
 use std::collections::HashMap;
+use std::fs::File;
 use std::path::PathBuf;
 
 use pyo3::exceptions::PyOSError;
 use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyList};
 use qlora_checkpoint::{
-    CheckpointError, Finished, Header, PackOptions, Plan, PlanRequest, Resumption, Tensor, pack, swap,
+    CheckpointError, Checksum, Finished, Header, PackOptions, Plan, PlanRequest, Resumption, Tensor, pack, swap,
 };
 
-use crate::boundary::{IntoPyErr, detached, detached_brief};
+use crate::boundary::{IntoPyErr, Memory, detached, detached_brief, read};
 use crate::spec::Spec;
 
 pyo3::import_exception!(qlora_rs.errors, FormatError);
@@ -63,10 +64,32 @@ pub fn swap_paths(py: Python<'_>, a: PathBuf, b: PathBuf) -> PyResult<bool> {
     detached_brief(py, |_| swap(&a, &b))
 }
 
+/// XXH3 (128 bits, hexadecimal) of memory: what a journal knows written bytes by.
+#[pyfunction]
+#[pyo3(signature = (source))]
+pub fn checksum(py: Python<'_>, source: Memory) -> PyResult<String> {
+    detached_brief(py, |_| {
+        // SAFETY: `_bridge.py` passes the memory of a live contiguous tensor.
+        let bytes = unsafe { read::<u8>(source) };
+        Ok::<_, CheckpointError>(Checksum::of(bytes))
+    })
+}
+
+/// The same of `bytes` bytes of the file `path`, from `start` on.
+#[pyfunction]
+#[pyo3(signature = (path, *, start, bytes))]
+#[allow(clippy::needless_pass_by_value)] // pyo3 hands arguments over by value
+pub fn file_checksum(py: Python<'_>, path: PathBuf, start: u64, bytes: u64) -> PyResult<String> {
+    detached(py, None, |control| {
+        let file = File::open(&path).map_err(|source| CheckpointError::Io { path: path.clone(), source })?;
+        Checksum::of_file(&path, &file, start, bytes, control)
+    })
+}
+
 /// Quantize the tensors named `packed` of `files` in the folder `source`, those that are `transposed` too as the matrices
 /// (out, in) that the files hold as (in, out), copy the others, and write safetensors files into the existing folder
-/// `destination`; with none, only plan. What is finished gets a line in the existing file
-/// `journal`. What was so already, by the SHA-256 of source tensors' outputs and of source files, is checked and kept.
+/// `destination`; with none, only plan. What is finished gets a line in the existing file `journal`. What was so already,
+/// by the checksums of source tensors' outputs and the SHA-256 of source files, is checked and kept.
 ///
 /// Returns `{"shards": [{"name", "tensors": [(name, dtype, shape, start, end), ...]}, ...], "source_sha256": {file: hex}}`.
 #[pyfunction]

@@ -24,7 +24,7 @@ mod _core {
     use super::{Bound, PyModuleMethods};
 
     #[pymodule_export]
-    use super::checkpoint::{pack_checkpoint, read_header, swap_paths};
+    use super::checkpoint::{checksum, file_checksum, pack_checkpoint, read_header, swap_paths};
     #[pymodule_export]
     use super::cuda::{cuda_quantize, cuda_quantize_scratch, cuda_warmup};
     #[pymodule_export]

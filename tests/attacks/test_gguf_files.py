@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import struct
 import time
 from contextlib import suppress
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from qlora_rs import FormatError, QloraError, UnsupportedError
-from qlora_rs.checkpoint import convert, inspect, quantize
+from qlora_rs.checkpoint import convert, gguf_header, inspect, quantize
 from qlora_rs.checkpoint.gguf_header import check_header
 
 STRING, ARRAY, UINT32 = 8, 9, 4
@@ -88,6 +89,21 @@ def test_flipped_bits_of_the_header_end_in_our_errors_or_in_none(whole, tmp_path
         path.write_bytes(content)
         with suppress(QloraError):
             inspect(path)
+
+
+def test_a_file_that_is_cut_off_while_its_header_is_walked_is_refused(tmp_path, monkeypatch) -> None:
+    path = tmp_path / "model.gguf"
+    words = 100_000  # more than is read ahead
+    path.write_bytes(header(0, 1, array(STRING, words, text("a longer word") * words)))
+    value = gguf_header._Walk._value
+
+    def cut(walk, *arguments):
+        os.truncate(path, 2000)
+        value(walk, *arguments)
+
+    monkeypatch.setattr(gguf_header._Walk, "_value", cut)
+    with pytest.raises(FormatError, match=r"model\.gguf: at byte \d+: .*'a'.*the file has become shorter"):
+        check_header(path)
 
 
 def test_the_header_of_a_good_file_passes(whole, tmp_path: Path) -> None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import mmap
+import os
 import struct
 from pathlib import Path
+from typing import BinaryIO
 
 from qlora_rs.errors import FormatError, UnsupportedError
 
@@ -16,6 +17,8 @@ _STRING, _ARRAY = 8, 9
 # Dimensions that a tensor may have in the format.
 _MAX_DIMENSIONS = 4
 _MAX_NESTING = 4
+# What is shown of a name in a message.
+_SHOWN_BYTES = 100
 
 
 def check_header(path: Path) -> None:
@@ -28,18 +31,18 @@ def check_header(path: Path) -> None:
         UnsupportedError: a version that is not read, or numbers in the order of other machines.
         OSError: the system failed.
     """
-    with open(path, "rb") as file:
-        if file.read(4) != MAGIC:
+    with open(path, "rb", buffering=1 << 20) as file:
+        if file.read(len(MAGIC)) != MAGIC:
             raise FormatError(f"{path}: does not begin with {MAGIC.decode()!r}, so it is no GGUF file")
-        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-            _Walk(path, content).all()
+        _Walk(path, file).all()
 
 
 class _Walk:
     """A position in the header, and what is read there."""
 
-    def __init__(self, path: Path, content: mmap.mmap) -> None:
-        self.path, self.content, self.at = path, content, len(MAGIC)
+    def __init__(self, path: Path, file: BinaryIO) -> None:
+        self.path, self.file, self.at = path, file, len(MAGIC)
+        self.size = os.fstat(file.fileno()).st_size
 
     def all(self) -> None:
         """Walk to the end of the header."""
@@ -85,24 +88,31 @@ class _Walk:
 
     def _string(self, what: str) -> str:
         length = self._number("<Q", f"the length of {what}")
-        start = self.at
-        self._skip(length, what)
-        # What is shown of it in a message.
-        return bytes(self.content[start : min(self.at, start + 100)]).decode("utf-8", "replace")
+        self._room(length, what)
+        shown = self._read(min(length, _SHOWN_BYTES), what)
+        self._skip(length - len(shown), what)
+        return shown.decode("utf-8", "replace")
 
     def _number(self, form: str, what: str) -> int:
-        size = struct.calcsize(form)
-        start = self.at
-        self._skip(size, what)
-        return int(struct.unpack(form, self.content[start : self.at])[0])
+        return int(struct.unpack(form, self._read(struct.calcsize(form), what))[0])
+
+    def _read(self, size: int, what: str) -> bytes:
+        self._room(size, what)
+        content = self.file.read(size)
+        if len(content) < size:
+            raise self._error(f"{what}: the file has become shorter")
+        self.at += size
+        return content
 
     def _skip(self, size: int, what: str) -> None:
         self._room(size, what)
-        self.at += size
+        if size:
+            self.file.seek(size, os.SEEK_CUR)
+            self.at += size
 
     def _room(self, size: int, what: str) -> None:
-        if size > len(self.content) - self.at:
-            raise self._error(f"{what}: {size} bytes are claimed, {len(self.content) - self.at} are left")
+        if size > self.size - self.at:
+            raise self._error(f"{what}: {size} bytes are claimed, {self.size - self.at} are left")
 
     def _error(self, what: str) -> FormatError:
         return FormatError(f"{self.path}: at byte {self.at}: {what}: the file is cut off or damaged")

@@ -15,7 +15,8 @@ from qlora_rs.lora import (
     lora_modules,
     lora_parameters,
 )
-from qlora_rs.model import from_pretrained, quantize_model
+from qlora_rs.model import from_pretrained
+from qlora_rs.model_quantization import quantize_model
 from qlora_rs.packed import PackedTensor
 from qlora_rs.quantization import dequantize, quantize, warmup
 from qlora_rs.report import QuantizeReport

@@ -282,13 +282,16 @@ def test_diff_measures_a_packed_weight_against_its_transposed_source(family, sou
     assert measured[full].relative == pytest.approx(float(error.norm() / weights[full].double().norm()), rel=1e-5)
 
 
-def test_what_save_pretrained_writes_loads_again(packed, tmp_path) -> None:
-    model = qlora_rs.from_pretrained(packed, dtype="float32")
+@pytest.mark.parametrize("spec", [QuantSpec(), QuantSpec("int8", 32, False)], ids=QuantSpec.describe)
+def test_save_pretrained_writes_what_quantize_does(source, tmp_path, spec) -> None:
+    checkpoint.quantize(source, tmp_path / "packed", spec)
+    model = qlora_rs.from_pretrained(source, spec, dtype="float32")
     model.save_pretrained(tmp_path / "saved")
+    assert checkpoint.diff(tmp_path / "packed", tmp_path / "saved").same
+    assert checkpoint.verify(tmp_path / "saved", source).same
+    marks = [{k: v for k, v in metadata(tmp_path / each).items() if ".experts." in k} for each in ("packed", "saved")]
+    assert marks[0] == marks[1]
     again = qlora_rs.from_pretrained(tmp_path / "saved", dtype="float32")
-    for (name, a), (other, b) in zip(model.named_parameters(), again.named_parameters(), strict=True):
-        assert name == other
-        assert torch.equal(a, b), name
     with torch.no_grad():
         assert torch.equal(model(TOKENS).logits, again(TOKENS).logits)
 
@@ -452,3 +455,23 @@ def test_mxfp4_folders_are_refused_with_the_way_out(work, source, packed, tmp_pa
     with pytest.raises(UnsupportedError, match=r"MXFP4.*Mxfp4Config\(dequantize=True\)"):
         work(packed, source, tmp_path / "out")
     assert checkpoint.inspect(source).unread is not None
+
+
+def test_experts_of_the_text_part_of_a_larger_model_are_packed_too(tmp_path) -> None:
+    from transformers import Llama4Config, Llama4ForConditionalGeneration
+
+    sizes = {"hidden_size": 32, "intermediate_size": 128, "num_hidden_layers": 1, "num_attention_heads": 2}
+    images = {"image_size": 28, "patch_size": 14, "vision_output_dim": 32, "projector_input_dim": 32}
+    vision = {**sizes, **images, "projector_output_dim": 32}
+    text = moe("llama4").config.to_dict()
+    model = Llama4ForConditionalGeneration(Llama4Config(text_config=text, vision_config=vision, pad_token_id=0))
+    model.save_pretrained(tmp_path / "source")
+    checkpoint.quantize(tmp_path / "source", tmp_path / "packed")
+    loaded = qlora_rs.from_pretrained(tmp_path / "packed", dtype="float32")
+    assert len(experts_of(loaded.language_model)) == 2
+    loaded.save_pretrained(tmp_path / "saved")
+    assert checkpoint.diff(tmp_path / "packed", tmp_path / "saved").same
+    checkpoint.convert(tmp_path / "packed", tmp_path / "plain", "bf16")
+    with torch.no_grad():
+        expected = eager(tmp_path / "plain").language_model(TOKENS).logits
+        assert torch.allclose(loaded.language_model(TOKENS).logits, expected, atol=0.02)

@@ -58,6 +58,8 @@ def expert_tensors(names: Iterable[str], model: nn.Module) -> dict[str, ExpertTe
     if not modules:
         return {}
     renamer = Renamer(model)
+    # Nobody's files hold matrices of single experts of these.
+    stacked_only = {name for name, fused in modules.items() if is_transposed(fused) or has_biases(fused)}
     parameters = {f"{module}.{name}": (module, name) for module in modules for name in FUSED}
     found = {}
     for name in names:
@@ -66,7 +68,9 @@ def expert_tensors(names: Iterable[str], model: nn.Module) -> dict[str, ExpertTe
         if module and pattern is None:
             transposed = is_transposed(modules[module])
             found[name] = ExpertTensor(module, parameter, None, parameter, transposed=transposed)
-        elif module and not is_transposed(modules[module]) and not has_biases(modules[module]):
+        elif module in stacked_only:
+            continue
+        elif module:
             part = _part(renamer.converters, str(pattern), parameter)
             number = re.search(r"\.(\d+)\.[^.]+\.weight$", name)
             if part is not None and number is not None:
@@ -74,7 +78,7 @@ def expert_tensors(names: Iterable[str], model: nn.Module) -> dict[str, ExpertTe
                 found[name] = ExpertTensor(module, parameter, int(number[1]), child, place, places)
         else:
             own = re.fullmatch(rf"(.*)\.(\d+)\.({GATE_UP}|{DOWN})\.weight", new)
-            if own is not None and own[1] in modules:
+            if own is not None and own[1] in modules and own[1] not in stacked_only:
                 found[name] = ExpertTensor(own[1], own[3], int(own[2]), own[3])
     return found
 

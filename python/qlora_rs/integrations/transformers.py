@@ -192,14 +192,15 @@ class QloraRsQuantizer(HfQuantizer):  # type: ignore[misc]
         """What turns a float weight into codes and scales."""
         return _pack_operation()(self)
 
-    def get_state_dict_and_metadata(self, model: Any) -> tuple[None, dict[str, str]]:
-        """What a file has to say of odd rows, whose length their codes cannot tell."""
+    def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor] | None, dict[str, str]]:
+        """The tensors where they are not saved as the model has them, and what a file has to say of packed weights."""
         if self.has_adapters:
             raise UnsupportedError(
                 "the model has adapters, which save_pretrained would mix into the base's files: save them with "
                 "qlora_rs.save_adapter (and give Trainer save_strategy='no'), or merge them first"
             )
-        return None, odd_shapes(model)
+        stacks = _transposed_experts(model)
+        return (_stacked_state(model, stacks) if stacks else None), remarks(model)
 
     def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
         for name, module in list(model.named_modules()):
@@ -234,15 +235,55 @@ def require_device(device: object) -> None:
         raise UnsupportedError(f"no kernels for {device!r}: this version computes on {', '.join(ops.DEVICES)}")
 
 
-def odd_shapes(model: nn.Module) -> dict[str, str]:
-    """Metadata ``NAME.shape`` of packed weights whose codes cannot tell it: odd numbers of columns, flat ones."""
-    shapes = {
-        f"{name}.weight": json.dumps([module.out_features, module.in_features])
-        for name, module in model.named_modules()
-        if isinstance(module, Linear4bit) and (module.flat or (module.spec.bits == 4 and module.in_features % 2))
-    }
-    saved = _saved_names(model, shapes) if any(".experts." in name for name in shapes) else {}
-    return {f"{saved.get(name, name)}.shape": shape for name, shape in shapes.items()}
+def remarks(model: nn.Module) -> dict[str, str]:
+    """Metadata of packed weights: ``NAME.shape`` where codes cannot tell it (odd numbers of columns, flat ones), and
+    ``NAME.transposed`` of experts that the model in floats holds so.
+    """
+    shapes: dict[str, str] = {}
+    transposed: set[str] = set()
+    stacks = _transposed_experts(model)
+    stacked = tuple(f"{name}." for name in stacks)
+    for name, module in model.named_modules():
+        if isinstance(module, Linear4bit) and _is_odd(module) and not name.startswith(stacked):
+            shapes[f"{name}.weight"] = json.dumps([module.out_features, module.in_features])
+    for name, experts in stacks.items():
+        first: Any = experts[0]
+        for child, layer in first.items():
+            transposed.add(f"{name}.{child}")
+            if _is_odd(layer):
+                shapes[f"{name}.{child}"] = json.dumps([len(experts), layer.out_features, layer.in_features])
+    names = {*shapes, *transposed}
+    saved = _saved_names(model, names) if any(".experts." in name for name in names) else {}
+    found = {f"{saved.get(name, name)}.shape": shape for name, shape in shapes.items()}
+    return found | {f"{saved.get(name, name)}.transposed": "true" for name in sorted(transposed)}
+
+
+def _is_odd(layer: Linear4bit) -> bool:
+    """Whether the shape of its codes cannot tell the layer's."""
+    return layer.flat or (layer.spec.bits == 4 and layer.in_features % 2 == 1)
+
+
+def _transposed_experts(model: nn.Module) -> dict[str, PackedExperts]:
+    """The modules of experts whose weights are stacked in files, because transformers knows no other names for them."""
+    modules = model.named_modules()
+    return {name: module for name, module in modules if isinstance(module, PackedExperts) and module.transposed}
+
+
+def _stacked_state(model: nn.Module, stacks: Mapping[str, PackedExperts]) -> dict[str, Tensor]:
+    """The model's tensors with those of ``stacks`` as `quantize` writes them: a weight of all experts, and its bias."""
+    state: dict[str, Tensor] = model.state_dict()
+    for name, experts in stacks.items():
+        first: Any = experts[0]
+        for child, layer in first.items():
+            for part in [part for part, _ in layer.named_parameters()]:
+                tensors = [state.pop(f"{name}.{number}.{child}.{part}") for number in range(len(experts))]
+                stack = torch.stack(tensors)
+                if part == "bias":
+                    state[f"{name}.{BIASES[child]}"] = stack
+                else:
+                    end = part.removeprefix("weight")
+                    state[f"{name}.{child}{end}"] = stack.flatten() if end == "_absmax_offset" else stack
+    return state
 
 
 def _saved_names(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
@@ -350,28 +391,14 @@ class AwaitedExperts(nn.Module):
         self.__dict__["_fused"] = fused
         self.stored = stored
         self.float_dtype = fused.get_parameter(DOWN).dtype
-        if not has_biases(fused):
-            return
-        for child, names in stored.names.items():
-            biases = fused.get_parameter(BIASES[child])
-            if isinstance(names, str):
-                self.register_parameter(BIASES[child], biases)
-                continue
-            for number, bias in enumerate(biases):  # as `PackedExperts` itself is saved: by expert and layer
-                if str(number) not in self._modules:
-                    self.add_module(str(number), nn.Module())
-                layer = nn.Module()
-                layer.register_parameter("bias", nn.Parameter(bias.detach().clone(), requires_grad=False))
-                self.get_submodule(str(number)).add_module(child, layer)
+        for bias in BIASES.values() if has_biases(fused) else ():
+            self.register_parameter(bias, fused.get_parameter(bias))
 
     def bias(self, child: str, number: int) -> Tensor | None:
         """The bias of one layer, in memory of its own."""
         if not has_biases(self.fused):
             return None
-        stacked = self._parameters.get(BIASES[child])
-        if stacked is not None:
-            return stacked[number].detach().clone()
-        return self.get_parameter(f"{number}.{child}.bias").detach().clone()
+        return self.get_parameter(BIASES[child])[number].detach().clone()
 
     @property
     def fused(self) -> nn.Module:

@@ -19,6 +19,7 @@ from qlora_rs.model import from_pretrained
 from qlora_rs.model_quantization import quantize_model
 from qlora_rs.packed import PackedTensor
 from qlora_rs.quantization import dequantize, quantize, warmup
+from qlora_rs.recomputation import keep_dequantized
 from qlora_rs.report import QuantizeReport
 from qlora_rs.spec import QuantSpec
 
@@ -41,6 +42,7 @@ __all__ = [
     "checkpoint",
     "dequantize",
     "from_pretrained",
+    "keep_dequantized",
     "load_adapter",
     "lora_modules",
     "lora_parameters",

@@ -7,12 +7,13 @@ modes, functorch, fake tensors) gets them, from `ops`.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from qlora_rs import _core, ops
+from qlora_rs import _core, ops, recomputation
 from qlora_rs._core import DeviceWeight
 from qlora_rs.packed import PackedTensor
 from qlora_rs.spec import QuantSpec
@@ -32,6 +33,11 @@ def applies(x: Tensor) -> bool:
 def unwatched(tensor: Tensor) -> bool:
     """Is this a tensor like any other, and does nobody watch the operators that are called?"""
     return not torch.compiler.is_compiling() and _core.unwatched(tensor)
+
+
+def are_plain(parts: Parts) -> bool:
+    """Are these tensors what they seem, not sharded ones, say?"""
+    return all(part is None or type(part) in _PLAIN for part in parts)
 
 
 def device_weight(packed: PackedTensor) -> DeviceWeight:
@@ -80,7 +86,7 @@ class FrozenProduct:
         """
         weight = self.known
         if weight is None or not weight.holds(*parts):
-            if any(part is not None and type(part) not in _PLAIN for part in parts):
+            if not are_plain(parts):
                 return None
             codes, absmax, scale, offset = parts
             weight = self.known = ops.device_weight(codes, absmax, scale, offset, self.columns, self.spec)
@@ -115,19 +121,23 @@ class _Recorded(torch.autograd.Function):
     ) -> Tensor:
         ctx.product, ctx.parts, ctx.versions = product, parts, weight.versions
         ctx.bias_dtype = None if bias is None else bias.dtype
-        return ops.device_linear(x, weight, bias)
+        ctx.kept = kept = recomputation.kept_weights()
+        if kept is None or not ctx.needs_input_grad[0]:
+            return ops.device_linear(x, weight, bias)
+        return ops.device_linear(x, weight, bias, partial(kept.weight, product, weight.dequantize))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         grad_x = grad_bias = None
+        kept = None if ctx.kept is None else ctx.kept.take(ctx.product, grad.dtype)
         if ctx.needs_input_grad[0]:
-            grad_x = _Recorded.grad_x(ctx, grad)
+            grad_x = _Recorded.grad_x(ctx, grad, kept)
         if ctx.needs_input_grad[1]:
             grad_bias = grad.sum_to_size(grad.shape[-1:]).to(ctx.bias_dtype)
         return grad_x, grad_bias, None, None, None
 
     @staticmethod
-    def grad_x(ctx: Any, grad: Tensor) -> Tensor:
+    def grad_x(ctx: Any, grad: Tensor, kept: Tensor | None) -> Tensor:
         # Where a gradient of this gradient is wanted, the operator has one.
         if not torch.is_grad_enabled() and applies(grad):
             weight = ctx.product.weight(ctx.parts)
@@ -136,6 +146,8 @@ class _Recorded(torch.autograd.Function):
                     raise RuntimeError(
                         "a packed weight was modified in place between the forward and the backward pass"
                     )
+                if kept is not None:
+                    return ops.dense_linear_backward(grad, kept)
                 return ops.device_linear_backward(grad, weight)
         spec = ctx.product.spec
         codebook = None if spec.codebook is None else list(spec.codebook)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from qlora_rs import direct
-from qlora_rs.flat_product import FlatProduct
+from qlora_rs.operator_product import OperatorProduct
 from qlora_rs.packed import FLOAT_DTYPES, PackedShapes, PackedTensor
 from qlora_rs.paged_product import PagedBlock, PagedProduct
 from qlora_rs.quantization import dequantize, quantize
@@ -69,9 +69,8 @@ class Linear4bit(nn.Linear):
         self.out_features = out_features
         self.spec = QuantSpec() if spec is None else spec
         self.float_dtype = float_dtype
-        self._codebook = None if self.spec.codebook is None else list(self.spec.codebook)
         self._product = direct.FrozenProduct(in_features, self.spec)
-        self._flat_product = FlatProduct((out_features, in_features), self.spec) if flat else None
+        self._operator_product = OperatorProduct((out_features, in_features), self.spec, flat=flat)
 
         shapes = PackedShapes.of((out_features, in_features), self.spec, flat=flat)
         nested = self.spec.double_quant
@@ -136,7 +135,7 @@ class Linear4bit(nn.Linear):
     @property
     def flat(self) -> bool:
         """Whether the blocks of the weight run over the ends of its rows."""
-        return self._flat_product is not None
+        return self._operator_product.flat
 
     @property
     def W_q(self) -> Tensor:
@@ -179,22 +178,11 @@ class Linear4bit(nn.Linear):
         paged = self.paged
         if paged is not None and paged.holds(parts):
             return paged(x, bias)
-        if self._flat_product is not None:
-            return self._flat_product(x, parts, bias)
-        if direct.applies(x):
+        if not self.flat and direct.applies(x):
             product = self._product(x, parts, bias)
             if product is not None:
                 return product
-        y: Tensor = torch.ops.qlora_rs.linear(
-            x,
-            *parts,
-            self.in_features,
-            self.spec.quant_type,
-            self.spec.block_size,
-            self._codebook,
-            bias,
-        )
-        return y
+        return self._operator_product(x, parts, bias)
 
     def fused_with_adapter(self, x: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor | None:
         """``x W^T + b + scaling x A^T B^T``, the sum rounded once, or None where no kernel does both at once.
@@ -206,7 +194,7 @@ class Linear4bit(nn.Linear):
         parts, paged = self.parts(), self.paged
         if paged is not None and paged.holds(parts):
             return paged.with_adapter(x, self.bias, a, b, scaling)
-        if self._flat_product is not None:
+        if self.flat:
             return None
         return self._product.with_adapter(x, parts, self.bias, a, b, scaling)
 
@@ -217,7 +205,7 @@ class Linear4bit(nn.Linear):
 
     def paged_in(self, block: PagedBlock, number: int) -> PagedProduct:
         """This layer's product over the weight of that number in a block, for `page`."""
-        return PagedProduct(block, number, self.in_features, self.spec, self._flat_product)
+        return PagedProduct(block, number, self.in_features, self.spec, self._operator_product)
 
     def page(self, paged: PagedProduct | None, device: torch.device | None = None) -> None:
         """Let the weight live in a pool, which holds a copy of it; None: copy it out into memory of ``device``."""

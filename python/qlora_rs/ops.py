@@ -19,6 +19,8 @@ from qlora_rs.packed import FLOAT_DTYPES, PackedShapes
 from qlora_rs.spec import QuantSpec
 
 DEVICES = ("cpu", "cuda", "meta")
+# Gives a weight in some type: the same values that dequantizing it anew would give.
+Dequantize = Callable[[torch.dtype], Tensor]
 # On the CPU. From here on the matrix product of torch makes up for the time that dequantizing takes.
 MOST_FUSED_TOKENS = 32
 
@@ -185,15 +187,39 @@ def _mismatch(name: str, meaning: str, x: Tensor, expected: int) -> str:
 @_kernel("linear")
 def _linear(x: Tensor, *packed_and_bias: Any) -> Tensor:
     *packed, bias = packed_and_bias
+    return linear(x, packed, bias)
+
+
+def linear(x: Tensor, packed: Sequence[Any], bias: Tensor | None, dequantize: Dequantize | None = None) -> Tensor:
+    """x W^T + b of the operator's arguments; ``dequantize`` is called where no kernel multiplies with W as it is.
+
+    Nothing is recorded for autograd.
+    """
     if x.is_cuda and x.dtype in FLOAT_DTYPES:
-        return device_linear(x, _device_weight(*packed), bias)
+        return device_linear(x, _device_weight(*packed), bias, dequantize)
     _expect_width("x", "in_features", x, packed[4])
     if _fuses_on_cpu(x, packed[0]):
         spec = _checked(*packed)
         codes, absmax, scale, offset = packed[:4]
         return _bridge.linear_cpu(x, codes, absmax, scale, offset, spec, None if bias is None else bias.to(x.dtype))
-    weight: Tensor = _dequantize(*packed, dtype=x.dtype)
-    return torch.nn.functional.linear(x, weight, None if bias is None else bias.to(x.dtype))
+    return dense_linear(x, dequantized(packed, x.dtype) if dequantize is None else dequantize(x.dtype), bias)
+
+
+def dequantized(packed: Sequence[Any], dtype: torch.dtype) -> Tensor:
+    """The weight (out, in) of the operator's arguments."""
+    weight: Tensor = _dequantize(*packed, dtype=dtype)
+    return weight
+
+
+def dense_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x W^T + b over a weight in x's type."""
+    # Contiguous, so that a strided x has the bits of its copy.
+    return torch.nn.functional.linear(x.contiguous(), weight, None if bias is None else bias.to(x.dtype))
+
+
+def dense_linear_backward(grad: Tensor, weight: Tensor) -> Tensor:
+    """The gradient of x of `dense_linear`: dY W."""
+    return grad.contiguous() @ weight
 
 
 def _fuses_on_cpu(x: Tensor, codes: Tensor) -> bool:
@@ -216,8 +242,7 @@ def _(grad: Tensor, codes: Tensor, *packed: Any) -> Tensor:
 def _linear_backward(grad: Tensor, codes: Tensor, *packed: Any) -> Tensor:
     if grad.is_cuda and grad.dtype in FLOAT_DTYPES:
         return device_linear_backward(grad, _device_weight(codes, *packed))
-    weight: Tensor = _dequantize(codes, *packed, dtype=grad.dtype)
-    return grad @ weight
+    return dense_linear_backward(grad, dequantized((codes, *packed), grad.dtype))
 
 
 def _device_weight(
@@ -246,24 +271,26 @@ def device_weight(
     )
 
 
-def device_linear(x: Tensor, weight: DeviceWeight, bias: Tensor | None) -> Tensor:
-    """x W^T + b on a CUDA device, x float32, bfloat16 or float16; nothing is recorded for autograd."""
+def device_linear(
+    x: Tensor, weight: DeviceWeight, bias: Tensor | None, dequantize: Dequantize | None = None
+) -> Tensor:
+    """x W^T + b on a CUDA device, x float32, bfloat16 or float16; nothing is recorded for autograd.
+
+    ``dequantize`` is called where no kernel multiplies with W as it is.
+    """
     _expect_width("x", "in_features", x, weight.shape[-1])
     if x.device != weight.device:
         raise ValueError(f"x is on {x.device}, the weight is on {weight.device}: move one of them")
-    bias = None if bias is None else bias.to(x.dtype)
     columns = weight.shape[-1]
     if columns and weight.fuses(x.numel() // columns, x.dtype):
-        y: Tensor = weight.linear(x, bias)
+        y: Tensor = weight.linear(x, None if bias is None else bias.to(x.dtype))
         return y
-    # Contiguous, so that a strided x has the bits of its copy.
-    return torch.nn.functional.linear(x.contiguous(), weight.dequantize(x.dtype), bias)
+    return dense_linear(x, (weight.dequantize if dequantize is None else dequantize)(x.dtype), bias)
 
 
 def device_linear_backward(grad: Tensor, weight: DeviceWeight) -> Tensor:
     """The gradient of x of `device_linear`: dY W."""
-    dense: Tensor = weight.dequantize(grad.dtype)
-    return grad.contiguous() @ dense
+    return dense_linear_backward(grad, weight.dequantize(grad.dtype))
 
 
 def _save_packed(ctx: Any, inputs: tuple[Any, ...]) -> None:
@@ -316,10 +343,14 @@ def _(x: Tensor, codes: Tensor, absmax: Tensor, scale: Tensor | None, offset: Te
 @_kernel("flat_linear")
 def _flat_linear(x: Tensor, *packed_and_bias: Any) -> Tensor:
     *packed, bias = packed_and_bias
+    return flat_linear(x, packed, bias)
+
+
+def flat_linear(x: Tensor, packed: Sequence[Any], bias: Tensor | None, dequantize: Dequantize | None = None) -> Tensor:
+    """As `linear`, over a flat weight: no kernel multiplies with it as it is."""
     _expect_width("x", "in_features", x, packed[5])
-    weight = _flat_weight(packed, x)
-    # Contiguous, so that a strided x has the bits of its copy.
-    return torch.nn.functional.linear(x.contiguous(), weight, None if bias is None else bias.to(x.dtype))
+    _expect_device(x, packed)
+    return dense_linear(x, flat_dequantized(packed, x.dtype) if dequantize is None else dequantize(x.dtype), bias)
 
 
 @torch.library.register_fake("qlora_rs::flat_linear_backward", lib=_library)
@@ -329,15 +360,19 @@ def _(grad: Tensor, *packed: Any) -> Tensor:
 
 @_kernel("flat_linear_backward")
 def _flat_linear_backward(grad: Tensor, *packed: Any) -> Tensor:
-    return grad.contiguous() @ _flat_weight(packed, grad)
+    _expect_device(grad, packed)
+    return dense_linear_backward(grad, flat_dequantized(packed, grad.dtype))
 
 
-def _flat_weight(packed: Sequence[Any], x: Tensor) -> Tensor:
-    """The weight (rows, columns) in the type of x: no kernel multiplies with it as it is."""
+def _expect_device(x: Tensor, packed: Sequence[Any]) -> None:
+    if x.device != packed[0].device:
+        raise ValueError(f"x is on {x.device}, the weight is on {packed[0].device}: move one of them")
+
+
+def flat_dequantized(packed: Sequence[Any], dtype: torch.dtype) -> Tensor:
+    """The weight (out, in) of the flat operator's arguments."""
     *parts, rows, columns, quant_type, block_size, codebook = packed
-    if x.device != parts[0].device:
-        raise ValueError(f"x is on {x.device}, the weight is on {parts[0].device}: move one of them")
-    row: Tensor = _dequantize(*parts, rows * columns, quant_type, block_size, codebook, dtype=x.dtype)
+    row: Tensor = _dequantize(*parts, rows * columns, quant_type, block_size, codebook, dtype=dtype)
     return row.view(rows, columns)
 
 

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
-from qlora_rs import _bridge, direct, ops
+from qlora_rs import _bridge, direct, ops, recomputation
 from qlora_rs._core import DeviceWeight
-from qlora_rs.flat_product import FlatProduct
+from qlora_rs.operator_product import OperatorProduct
 from qlora_rs.pool import PagedBuffer, PagedPool
+from qlora_rs.recomputation import KeptWeights
 from qlora_rs.spec import QuantSpec
 
 # As torch's allocator aligns at the least what kernels are used to.
@@ -119,14 +121,15 @@ class _Resident(NamedTuple):
 class PagedProduct:
     """x W^T + b and its gradient over one weight of a block: each product acquires the block, and releases it.
 
-    Nothing of the weight is kept for the backward pass, which acquires it anew.
+    Nothing of the weight is kept for the backward pass, which acquires it anew where a recomputation has not left it
+    dequantized.
 
     Args:
         block: what is acquired.
         number: of the weight in it.
         columns: in_features.
         spec: how it is quantized.
-        flat: what multiplies with it where its blocks run over the ends of rows.
+        operator: what multiplies with it where no kernel is called directly.
 
     Attributes:
         parts: codes and scales in host memory, what a layer shows as its parameters.
@@ -134,16 +137,16 @@ class PagedProduct:
 
     _outside_graphs: ClassVar[Any] = None
 
-    __slots__ = ("_at", "_block", "_device", "_flat", "_number", "columns", "parts", "spec")
+    __slots__ = ("_at", "_block", "_device", "_number", "_operator", "columns", "parts", "spec")
 
     def __init__(
-        self, block: PagedBlock, number: int, columns: int, spec: QuantSpec, flat: FlatProduct | None = None
+        self, block: PagedBlock, number: int, columns: int, spec: QuantSpec, operator: OperatorProduct
     ) -> None:
         if PagedProduct._outside_graphs is None:  # loads the compiler, which importing this module should not
             PagedProduct._outside_graphs = staticmethod(torch.compiler.disable(PagedProduct._eager))
         self._block = block
         self._number = number
-        self._flat = flat
+        self._operator = operator
         self._device = block.buffer.pool.device
         self._at: dict[int, _Resident] = {}
         self.columns = columns
@@ -201,29 +204,28 @@ class PagedProduct:
             return y
         return self.product(x, bias)
 
-    def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        """x W^T + b, of which nothing is recorded."""
+    def product(self, x: Tensor, bias: Tensor | None, kept: KeptWeights | None = None) -> Tensor:
+        """x W^T + b, of which nothing is recorded; the dequantized W may be left in ``kept``."""
         here = self._acquire()
         try:
-            if self._flat is not None:
-                return self._flat(x, here.parts, bias)
+            dequantize = None if kept is None else partial(kept.weight, self, partial(self._dequantized, here))
             if here.weight is not None and direct.applies(x):
-                return ops.device_linear(x, here.weight, bias)
-            y: Tensor = torch.ops.qlora_rs.linear(x, *here.parts, *self._format(), bias)
-            return y
+                return ops.device_linear(x, here.weight, bias, dequantize)
+            if dequantize is not None and direct.unwatched(x):
+                return self._operator.product(x, here.parts, bias, dequantize)
+            return self._operator(x, here.parts, bias)
         finally:
             self.buffer.release()
 
-    def gradient(self, grad: Tensor) -> Tensor:
-        """The gradient of x, of which nothing is recorded."""
+    def gradient(self, grad: Tensor, weight: Tensor | None = None) -> Tensor:
+        """The gradient of x, of which nothing is recorded; by the dequantized W where it is there."""
+        if weight is not None and direct.unwatched(grad):
+            return ops.dense_linear_backward(grad, weight)
         here = self._acquire()
         try:
-            if self._flat is not None:
-                return self._flat.gradient(grad, here.parts)
             if here.weight is not None and direct.applies(grad):
                 return ops.device_linear_backward(grad, here.weight)
-            grad_x: Tensor = torch.ops.qlora_rs.linear_backward(grad, *here.parts, *self._format())
-            return grad_x
+            return self._operator.gradient(grad, here.parts)
         finally:
             self.buffer.release()
 
@@ -239,9 +241,10 @@ class PagedProduct:
         finally:
             self.buffer.release()
 
-    def _format(self) -> tuple[int, str, int, list[float] | None]:
-        codebook = None if self.spec.codebook is None else list(self.spec.codebook)
-        return self.columns, self.spec.quant_type, self.spec.block_size, codebook
+    def _dequantized(self, here: _Resident, dtype: torch.dtype) -> Tensor:
+        if here.weight is not None and dtype in direct.DTYPES:
+            return here.weight.dequantize(dtype)
+        return self._operator.dequantize(here.parts, dtype)
 
     def _acquire(self) -> _Resident:
         memory = self.buffer.acquire()
@@ -263,7 +266,7 @@ class PagedProduct:
             pieces,
         )
         weight = None
-        if self._device.type == "cuda" and self._flat is None:
+        if self._device.type == "cuda" and not self._operator.flat:
             weight = ops.device_weight(*parts, self.columns, self.spec, moves=True)
         if len(self._at) >= _MOST_PLACES:
             self._at.clear()
@@ -278,13 +281,18 @@ class _Recorded(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, bias: Tensor | None, product: PagedProduct) -> Tensor:
         ctx.product = product
         ctx.bias_dtype = None if bias is None else bias.dtype
-        return product.product(x, bias)
+        ctx.kept = recomputation.kept_weights()
+        return product.product(x, bias, ctx.kept if ctx.needs_input_grad[0] else None)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         grad_x = grad_bias = None
+        weight = None if ctx.kept is None else ctx.kept.take(ctx.product, grad.dtype)
         if ctx.needs_input_grad[0]:
-            grad_x = _RecordedGradient.apply(grad, ctx.product) if grad.requires_grad else ctx.product.gradient(grad)
+            if grad.requires_grad:
+                grad_x = _RecordedGradient.apply(grad, ctx.product)
+            else:
+                grad_x = ctx.product.gradient(grad, weight)
         if ctx.needs_input_grad[1]:
             grad_bias = grad.sum_to_size(grad.shape[-1:]).to(ctx.bias_dtype)
         return grad_x, grad_bias, None

@@ -207,6 +207,8 @@ def test_a_budget_that_is_too_small_names_the_ways_out(checkpointing: bool) -> N
     with pytest.raises(ValueError, match="is too small") as caught:
         fit(llama(checkpointing=checkpointing), 4096, "cpu", tokens=TOKENS)
     assert ("or gradient checkpointing, or fewer tokens" in str(caught.value)) is not checkpointing
+    with pytest.raises(ValueError, match="or keep no dequantized weights, or fewer tokens"):
+        fit(llama(), 4096, "cpu", tokens=TOKENS, keep_dequantized=True)
 
 
 class Mixture(nn.Module):
@@ -218,17 +220,31 @@ class Mixture(nn.Module):
         self.experts = nn.ModuleList(nn.ModuleDict({"up": nn.Linear(64, 192, bias=False)}) for _ in range(experts))
 
 
+@pytest.mark.parametrize("keep_dequantized", [False, True])
 @pytest.mark.parametrize("experts", [3, 8])
-def test_experts_are_blocks_of_their_own_but_leave_no_activations_of_their_own(experts: int) -> None:
+def test_experts_are_blocks_of_their_own_but_leave_no_activations_of_their_own(
+    experts: int, keep_dequantized: bool
+) -> None:
     model = nn.Module()
     model.layers = nn.ModuleList(Mixture(experts) for _ in range(5))
     qlora_rs.quantize_model(model)
     assert len(packed_blocks(model)) == 5 * (1 + experts)
-    request = Request(1 << 30, torch.device("cpu"), 100, "adamw", None, True, whole_logits=False, page_bytes=4096)
+    request = Request(
+        budget=1 << 30,
+        device=torch.device("cpu"),
+        tokens=100,
+        optimizer="adamw",
+        page_activations=None,
+        checkpointing=True,
+        keep_dequantized=keep_dequantized,
+        whole_logits=False,
+        page_bytes=4096,
+    )
     parts = {part.name: part.nbytes for part in plan(model, request).parts}
     assert parts["saved activations"] == 5 * 100 * 64 * element_size(model)
     # A token meets two experts, however many there are.
-    assert parts["working set"] == round(2.2 * (128 + 2 * 256) * 100 * element_size(model)) + 64 * 192 * 4
+    weights = 64 * 64 + experts * 64 * 192 if keep_dequantized else 64 * 192
+    assert parts["working set"] == round(2.2 * (128 + 2 * 256) * 100 * element_size(model)) + weights * 4
 
 
 def element_size(model: nn.Module) -> int:

@@ -68,6 +68,19 @@ def test_a_budget_changes_no_bit(
     assert all(entry["stall_seconds"] >= 0 for entry in steps)
 
 
+def test_kept_dequantized_weights_count_and_change_no_bit(
+    fine_tune, tmp_path, losses, adapter_bytes, everything, least
+):
+    options = {**everything, "gradient_checkpointing": True}
+    plain = least(**options)
+    budget = least(keep_dequantized=True, **options)
+    assert budget > plain
+    fine_tune("resident", **options)
+    fine_tune("paged", memory_budget=str(budget), keep_dequantized=True, **options)
+    assert losses(tmp_path / "paged") == losses(tmp_path / "resident")
+    assert adapter_bytes(tmp_path / "paged") == adapter_bytes(tmp_path / "resident")
+
+
 @pytest.mark.parametrize("optimizer", ["adamw8bit", "paged_adamw8bit"])
 @pytest.mark.parametrize("stop", [1, 4])
 def test_a_stopped_run_goes_on_with_the_same_bits_under_another_budget(

@@ -38,6 +38,7 @@ def options(**changes: object) -> TrainOptions:
         ({"max_grad_norm": -0.1}, "--max-grad-norm is zero or positive"),
         ({"weight_decay": float("nan")}, "--weight-decay is zero or positive"),
         ({"seed": -1}, "--seed lies in"),
+        ({"keep_dequantized": True}, "--keep-dequantized keeps what --gradient-checkpointing computes again"),
         ({"dtype": "float16"}, "--dtype is one of auto, float32, bfloat16; got 'float16'"),
     ],
 )

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import qlora_rs
+from qlora_rs import _bridge
 from qlora_rs.errors import FormatError
 from qlora_rs.train import TrainReport, read_log
 from qlora_rs.train.batches import IGNORED, collate
@@ -158,6 +159,21 @@ def test_gradient_checkpointing_computes_layers_twice(fine_tune, monkeypatch):
     assert len(calls) == 2
     fine_tune("again", steps=1, gradient_checkpointing=True)
     assert len(calls) == 2 + 4
+
+
+def test_kept_dequantized_weights_give_the_same_losses_from_two_thirds_of_the_dequantizing(
+    fine_tune, tmp_path, losses, adapter_bytes, monkeypatch
+):
+    made: list[int] = []
+    dequantize = _bridge.dequantize
+    monkeypatch.setattr(_bridge, "dequantize", lambda *arguments: made.append(1) or dequantize(*arguments))
+    settings = {"steps": 2, "lora_dropout": 0.2, "gradient_checkpointing": True}
+    layers = fine_tune("again", **settings).layers
+    assert len(made) == 2 * 3 * layers
+    fine_tune("kept", keep_dequantized=True, **settings)
+    assert len(made) == 2 * (3 + 2) * layers
+    assert losses(tmp_path / "kept") == losses(tmp_path / "again")
+    assert adapter_bytes(tmp_path / "kept") == adapter_bytes(tmp_path / "again")
 
 
 def test_a_16_bit_model_is_quantized_on_the_way_in_and_gives_the_same(fine_tune, tiny_llama, tmp_path, losses):

@@ -65,6 +65,7 @@ def fit(
     optimizer: str = "adamw8bit",
     page_activations: bool | None = None,
     checkpointing: bool | None = None,
+    keep_dequantized: bool = False,
     whole_logits: bool = False,
     page_size: int | str | None = None,
     load: Load | None = None,
@@ -91,6 +92,8 @@ def fit(
         page_activations: whether what `Fitted.step` saves goes to the pool; by default where weights are paged and
             layers are checkpointed.
         checkpointing: whether layers are checkpointed; by default the model is asked.
+        keep_dequantized: checkpointed layers keep dequantized weights from the recomputation to the backward pass (see
+            `qlora_rs.keep_dequantized`).
         whole_logits: the loss holds all logits at once, as transformers' own does, not in chunks as
             `qlora_rs.chunked_loss.causal_lm_loss`.
         page_size: see `PagedPool`; by default an eighth of a block, 16 MiB at most.
@@ -118,7 +121,15 @@ def fit(
     largest = max((block_bytes(layers) for layers in packed_blocks(model).values()), default=0)
     page = _page_size(largest, where) if page_size is None else parse_bytes(page_size)
     request = Request(
-        parse_bytes(budget), where, tokens, optimizer, page_activations, checkpointing, whole_logits, page
+        budget=parse_bytes(budget),
+        device=where,
+        tokens=tokens,
+        optimizer=optimizer,
+        page_activations=page_activations,
+        checkpointing=checkpointing,
+        keep_dequantized=keep_dequantized,
+        whole_logits=whole_logits,
+        page_bytes=page,
     )
     planned = plan(model, request)
     if planned.frames is None:

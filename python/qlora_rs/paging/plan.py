@@ -85,7 +85,7 @@ class Plan:
         return "\n".join(f"{a:<{widths[0]}}  {b:<{widths[1]}}  {c:>{widths[2]}}" for a, b, c in rows)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Request:
     """What `plan` is asked; see `qlora_rs.paging.fit`."""
 
@@ -95,6 +95,7 @@ class Request:
     optimizer: str
     page_activations: bool | None
     checkpointing: bool
+    keep_dequantized: bool
     whole_logits: bool
     page_bytes: int
 
@@ -151,6 +152,8 @@ def plan(model: nn.Module, request: Request) -> Plan:
     if frames < least:
         table = Plan(request.budget, parts, 0)
         fewer = f"fewer tokens a step than {request.tokens}"
+        if request.keep_dequantized:
+            fewer = f"keep no dequantized weights, or {fewer}"
         if not request.checkpointing:
             fewer = f"gradient checkpointing, or {fewer}"
         raise ValueError(
@@ -200,13 +203,15 @@ def _working_set(model: nn.Module, blocks: Blocks, request: Request) -> int:
     """Bytes alive at the worst moment, beside what the forward pass has left."""
     size, layers = _element_size(model), _layers(blocks)
     widths = max((_widths(model, name, packed) for name, packed in layers.items()), default=0)
-    matrices = [layer.in_features * layer.out_features for packed in layers.values() for layer in packed.values()]
+    matrices = [[layer.in_features * layer.out_features for layer in packed.values()] for packed in layers.values()]
+    # Kept, those of a layer are there together.
+    dense = max((sum(own) if request.keep_dequantized else max(own) for own in matrices), default=0)
     layer = round((_ALIVE - (0 if request.checkpointing else _KEPT)) * widths * size * request.tokens)
     config = getattr(model, "config", None)
     logits = _number(config, "vocab_size", 0) * request.tokens
     if not request.whole_logits:
         logits = min(logits, CHUNK_BYTES // 4)
-    return max(layer + max(matrices, default=0) * size, logits * _LOGIT_BYTES)
+    return max(layer + dense * size, logits * _LOGIT_BYTES)
 
 
 def _layers(blocks: Blocks) -> dict[str, dict[str, Linear4bit]]:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import errno
 import resource
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils.checkpoint import noop_context_fn
 
 from qlora_rs.checkpoint.dequantized import READERS
 from qlora_rs.checkpoint.gguf_source import is_gguf_file, open_gguf
@@ -18,6 +20,7 @@ from qlora_rs.lora import AttachReport, attach_lora
 from qlora_rs.model import from_pretrained, resolve_dtype
 from qlora_rs.paging import Fitted, fit
 from qlora_rs.pictures.canvas import require_matplotlib
+from qlora_rs.recomputation import keep_dequantized
 from qlora_rs.train.curve import EXTRA, PURPOSE
 from qlora_rs.train.dataset import Dataset, make_dataset
 from qlora_rs.train.encoding import Encoder, load_tokenizer, pad_token
@@ -199,7 +202,7 @@ def _load(options: TrainOptions, device: torch.device, dataset: Dataset) -> tupl
         seed=options.seed,
     )
     if options.gradient_checkpointing:
-        _checkpoint_activations(model)
+        _checkpoint_activations(model, keep_dequantized if options.keep_dequantized else noop_context_fn)
     return model, attached
 
 
@@ -216,6 +219,7 @@ def _fit(
         tokens=options.batch_size * longest,
         optimizer=options.optimizer,
         checkpointing=options.gradient_checkpointing,
+        keep_dequantized=options.keep_dequantized,
     )
     for line in str(fitted).splitlines():
         callbacks.message(line)
@@ -224,8 +228,8 @@ def _fit(
     return fitted
 
 
-def _checkpoint_activations(model: Any) -> None:
-    settings = {"use_reentrant": False}
+def _checkpoint_activations(model: Any, context_fn: Callable[[], Any]) -> None:
+    settings = {"use_reentrant": False, "context_fn": context_fn}
     if hasattr(model, "activation_checkpointing_enable"):
         model.activation_checkpointing_enable(activation_checkpointing_kwargs=settings)
     else:  # its only name in older versions

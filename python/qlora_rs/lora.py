@@ -52,6 +52,14 @@ class LoraTerm(torch.autograd.Function):
         return grad_x, grad_a, grad_b, None
 
 
+def _type_of_products(x: Tensor) -> torch.dtype:
+    """What a Linear layer computes in."""
+    kind = x.device.type
+    if kind == "meta" or x.dtype == torch.float64 or not torch.is_autocast_enabled(kind):
+        return x.dtype
+    return torch.get_autocast_dtype(kind)
+
+
 def _rows(x: Tensor) -> Tensor:
     """(..., n) -> (product, n); a vector is one row."""
     return x.flatten(0, -2) if x.ndim > 1 else x[None]
@@ -143,14 +151,17 @@ class LoraLinear(nn.Module):
             fused = self.base_layer.fused_with_adapter(x, self.lora_A, self.lora_B, self.scaling)
             if fused is not None:
                 return fused
-        y: Tensor = self.base_layer(x)
         if not self.enabled:
+            y: Tensor = self.base_layer(x)
             return y
-        term_input = x.to(y.dtype)  # autocast may have lowered the base's product
+        term_input = x.to(_type_of_products(x))
         if dropped:
             term_input = nn.functional.dropout(term_input, self.lora_dropout)
+        # Before the base, which saves nothing on a device: a recomputation ends with the last tensor that is saved, and
+        # so need not make a block's last product again.
         term: Tensor = LoraTerm.apply(term_input, self.lora_A, self.lora_B, self.scaling)
-        return y + term
+        y = self.base_layer(x)
+        return y + term.to(y.dtype)
 
     def extra_repr(self) -> str:
         """``r=16, lora_alpha=32, lora_dropout=0.0, use_rslora=False``."""

@@ -20,6 +20,8 @@ from qlora_rs import (
     lora_modules,
     lora_parameters,
 )
+from qlora_rs.paged_product import PagedProduct
+from qlora_rs.paging import PagedPool, page_weights
 
 
 class Block(nn.Module):
@@ -170,6 +172,39 @@ def test_gradient_checkpointing_with_dropout_gives_the_same_gradients(reentrant:
 
     for a, b in zip(gradients(model, lambda m: m(x)), gradients(model, checkpointed), strict=True):
         assert torch.equal(a, b)
+
+
+def test_shapes_are_inferred_on_the_meta_device() -> None:
+    model = model_with_adapters().to("meta")
+    assert model(torch.empty(5, 33, device="meta")).shape == (5, 11)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("packed", [False, True])
+def test_the_type_is_that_of_the_base(packed: bool, autocast: bool, dtype: torch.dtype) -> None:
+    base = nn.Linear(33, 65, dtype=dtype)
+    if packed:
+        base = Linear4bit.from_float(base.float())
+    layer = LoraLinear(base, r=2)
+    x = torch.randn(5, 33, dtype=dtype)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        assert layer(x).dtype == base(x).dtype
+
+
+def test_a_recomputation_ends_before_the_last_product_of_a_block_where_the_base_saves_nothing(monkeypatch) -> None:
+    model = model_with_adapters()
+    page_weights(model, PagedPool(64 * 4096, page_size=4096))  # as on a CUDA device, where a test of its own counts
+    called: list[str] = []
+    product = PagedProduct.product
+    monkeypatch.setattr(
+        PagedProduct, "product", lambda self, *rest: called.append(self.buffer.name) or product(self, *rest)
+    )
+    x = torch.randn(5, 33, requires_grad=True)
+    y = checkpoint(model.layers[0], x, use_reentrant=False)
+    assert len(called) == 2
+    y.sum().backward()
+    assert len(called) == 3
 
 
 def test_dropout_acts_in_training_only() -> None:

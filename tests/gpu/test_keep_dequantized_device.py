@@ -38,8 +38,8 @@ def run(model: nn.ModuleList, x: Tensor, context_fn: Any, **options: Any) -> Ten
     return x
 
 
-def gradients(model: nn.ModuleList, y: Tensor) -> list[Tensor]:
-    return list(torch.autograd.grad(y.float().square().mean(), qlora_rs.lora_parameters(model)))
+def gradients(model: nn.ModuleList, x: Tensor, y: Tensor) -> list[Tensor]:
+    return list(torch.autograd.grad(y.float().square().mean(), [x, *qlora_rs.lora_parameters(model)]))
 
 
 def input_of(width: int = 192, tokens: int = TOKENS) -> Tensor:
@@ -53,8 +53,8 @@ def test_the_last_product_of_a_block_is_not_made_again(monkeypatch, context_fn, 
     monkeypatch.setattr(
         _bridge.DeviceWeight, "dequantize", lambda self, dtype: made.append(1) or dequantize(self, dtype)
     )
-    model = stack(3)
-    gradients(model, run(model, input_of(), context_fn))
+    model, x = stack(3), input_of()
+    gradients(model, x, run(model, x, context_fn))
     assert len(made) == expected * len(model)
 
 
@@ -63,10 +63,10 @@ def test_the_peak_is_higher_by_no_more_than_the_weights_of_one_block() -> None:
     weights = 2 * 2048 * 4096 * 2
     peaks = []
     for context_fn in (noop_context_fn, keep_dequantized):
-        gradients(model, run(model, x, context_fn))
+        gradients(model, x, run(model, x, context_fn))
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        gradients(model, run(model, x, context_fn))
+        gradients(model, x, run(model, x, context_fn))
         peaks.append(torch.cuda.max_memory_allocated() - before)
         assert torch.cuda.memory_allocated() == before
     assert peaks[1] - peaks[0] <= weights
@@ -78,18 +78,18 @@ def test_a_weight_that_is_written_to_before_the_backward_pass_is_noticed() -> No
     with torch.no_grad():
         model[0].up.base_layer.weight.zero_()
     with pytest.raises(RuntimeError, match="modified in place"):
-        gradients(model, y)
+        gradients(model, x, y)
 
 
 def test_another_stream_gives_the_same() -> None:
     model, x = stack(3), input_of()
-    want = gradients(model, run(model, x, noop_context_fn))
+    want = gradients(model, x, run(model, x, noop_context_fn))
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         y = run(model[:2], x, keep_dequantized)
     torch.cuda.current_stream().wait_stream(side)
-    got = gradients(model, run(model[2:], y, keep_dequantized))
+    got = gradients(model, x, run(model[2:], y, keep_dequantized))
     torch.cuda.synchronize()
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
 
@@ -99,7 +99,7 @@ def test_a_captured_step_is_replayed_on_new_values() -> None:
     model, x = stack(2), input_of()
 
     def step(context_fn: Any) -> list[Tensor]:
-        return gradients(model, run(model, x, context_fn, preserve_rng_state=False))
+        return gradients(model, x, run(model, x, context_fn, preserve_rng_state=False))
 
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())

@@ -128,6 +128,7 @@ bench-gpu: $(VENV)/bench.stamp ## print the benchmark tables of a CUDA device (a
 	$(BIN)/python benchmarks/device_linear.py
 	$(BIN)/python benchmarks/device_linear.py --training
 	$(BIN)/python benchmarks/device_overhead.py
+	$(BIN)/python benchmarks/device_checkpointing.py
 	$(BIN)/python benchmarks/device_paging.py
 	$(BIN)/python benchmarks/device_optimizer.py
 

@@ -51,9 +51,11 @@ def test_training_there_follows_the_cpu(run_train, tmp_path):
     assert "on the device" in str(there)
 
 
-@pytest.mark.parametrize("gradient_checkpointing", [False, True])
-def test_a_stopped_run_goes_on_bit_for_bit(run_train, tmp_path, gradient_checkpointing):
-    options = {"lora_dropout": 0.2, "grad_accum": 2, "gradient_checkpointing": gradient_checkpointing}
+@pytest.mark.parametrize(
+    "checkpointing", [[], ["gradient_checkpointing"], ["gradient_checkpointing", "keep_dequantized"]]
+)
+def test_a_stopped_run_goes_on_bit_for_bit(run_train, tmp_path, checkpointing):
+    options = {"lora_dropout": 0.2, "grad_accum": 2, **dict.fromkeys(checkpointing, True)}
     before = torch.cuda.get_rng_state()
     run_train("whole", **options)
 

@@ -1,4 +1,4 @@
-"""Where tensors meet the extension: the only module that hands out addresses, dtype codes and streams.
+"""Where tensors meet the extension: weights' addresses, dtype codes and streams are handed out here.
 
 Every function takes tensors of one device, CPU or CUDA; `ops` checks what users pass. Work on a CUDA device is
 queued on torch's current stream, its memory comes from torch's allocator.
@@ -15,32 +15,14 @@ from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
 from qlora_rs import _core
+from qlora_rs._addresses import DTYPE_CODES, memory_of, queue_of
 from qlora_rs._core import DeviceWeight
 from qlora_rs.packed import PackedShapes
 from qlora_rs.spec import QuantSpec
 
-_DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-
-
-def _memory(tensor: Tensor) -> tuple[int, int]:
-    """(address, number of elements) of a contiguous tensor."""
-    if not tensor.is_contiguous():
-        raise ValueError(f"expected contiguous memory, got strides {tensor.stride()}")
-    address, elements = tensor.data_ptr(), tensor.numel()
-    if address == 0 and elements > 0:
-        raise ValueError(f"a tensor of shape {list(tensor.shape)} has no memory: it was freed, or is sharded elsewhere")
-    return address, elements
-
 
 def _optional(tensor: Tensor | None) -> tuple[int, int] | None:
-    return None if tensor is None else _memory(tensor)
-
-
-def _queue(device: torch.device) -> tuple[int, int]:
-    """(device index, handle of torch's current stream there)."""
-    index: int = device.index
-    # torch.cuda.current_stream() makes an object, which takes longer than a launch.
-    return index, torch._C._cuda_getCurrentRawStream(index)
+    return None if tensor is None else memory_of(tensor)
 
 
 def _layout(shape: tuple[int, ...]) -> tuple[int, int, int]:
@@ -51,7 +33,7 @@ def _layout(shape: tuple[int, ...]) -> tuple[int, int, int]:
 
 def checksum(tensor: Tensor) -> str:
     """XXH3 (128 bits, hex) of the bytes of a contiguous CPU tensor."""
-    address, elements = _memory(tensor)
+    address, elements = memory_of(tensor)
     return _core.checksum((address, elements * tensor.element_size()))
 
 
@@ -87,10 +69,10 @@ def _quantize_cpu(weight: Tensor, spec: QuantSpec, check_finite: bool, out: _Qua
     _core.quantize(
         spec.core(),
         layout=layout,
-        source=_memory(weight),
-        dtype=_DTYPE_CODES[weight.dtype],
-        codes=_memory(out.codes),
-        absmax=_memory(out.absmax),
+        source=memory_of(weight),
+        dtype=DTYPE_CODES[weight.dtype],
+        codes=memory_of(out.codes),
+        absmax=memory_of(out.absmax),
         check_finite=check_finite,
         num_threads=threads,
     )
@@ -98,10 +80,10 @@ def _quantize_cpu(weight: Tensor, spec: QuantSpec, check_finite: bool, out: _Qua
         _core.double_quantize(
             spec.core(),
             layout=layout,
-            absmax=_memory(out.absmax),
-            codes=_memory(out.nested),
-            scale=_memory(out.scale),
-            offset=_memory(out.offset),
+            absmax=memory_of(out.absmax),
+            codes=memory_of(out.nested),
+            scale=memory_of(out.scale),
+            offset=memory_of(out.offset),
             num_threads=threads,
         )
 
@@ -111,14 +93,14 @@ def _quantize_cuda(weight: Tensor, spec: QuantSpec, check_finite: bool, out: _Qu
     scratch = torch.empty(_core.cuda_quantize_scratch(core, layout), dtype=torch.int64, device=weight.device)
     _core.cuda_quantize(
         core,
-        queue=_queue(weight.device),
+        queue=queue_of(weight.device),
         layout=layout,
-        source=_memory(weight),
-        dtype=_DTYPE_CODES[weight.dtype],
-        codes=_memory(out.codes),
-        absmax=_memory(out.absmax),
-        nested=(_memory(out.nested), _memory(out.scale), _memory(out.offset)) if spec.double_quant else None,
-        scratch=_memory(scratch),
+        source=memory_of(weight),
+        dtype=DTYPE_CODES[weight.dtype],
+        codes=memory_of(out.codes),
+        absmax=memory_of(out.absmax),
+        nested=(memory_of(out.nested), memory_of(out.scale), memory_of(out.offset)) if spec.double_quant else None,
+        scratch=memory_of(scratch),
         check_finite=check_finite,
     )
     if check_finite and scratch.view(torch.int32)[0].item():
@@ -164,12 +146,12 @@ def dequantize(
     _core.dequantize(
         spec.core(),
         layout=_layout(shape),
-        codes=_memory(codes),
-        absmax=_memory(absmax),
+        codes=memory_of(codes),
+        absmax=memory_of(absmax),
         scale=_optional(scale),
         offset=_optional(offset),
-        out=_memory(out),
-        dtype=_DTYPE_CODES[dtype],
+        out=memory_of(out),
+        dtype=DTYPE_CODES[dtype],
         num_threads=torch.get_num_threads(),
     )
     return out
@@ -193,14 +175,14 @@ def linear_cpu(
     _core.linear(
         spec.core(),
         layout=_layout((codes.shape[0], x.shape[-1])),
-        codes=_memory(codes),
-        absmax=_memory(absmax),
+        codes=memory_of(codes),
+        absmax=memory_of(absmax),
         scale=_optional(scale),
         offset=_optional(offset),
-        x=_memory(x),
+        x=memory_of(x),
         bias=_optional(bias),
-        y=_memory(y),
-        dtype=_DTYPE_CODES[x.dtype],
+        y=memory_of(y),
+        dtype=DTYPE_CODES[x.dtype],
         num_threads=torch.get_num_threads(),
     )
     return y
@@ -235,11 +217,11 @@ def loader(files: Mapping[str, Sequence[tuple[str, Tensor]]], device: torch.devi
     """
 
     def place(tensor: Tensor) -> tuple[int, int]:
-        address, elements = _memory(tensor)
+        address, elements = memory_of(tensor)
         return address, elements * tensor.element_size()
 
     places = [(path, [(name, place(tensor)) for name, tensor in tensors]) for path, tensors in files.items()]
-    queue, threads = _queue(device), min(_LOAD_THREADS, torch.get_num_threads())
+    queue, threads = queue_of(device), min(_LOAD_THREADS, torch.get_num_threads())
 
     def load(progress: Callable[[int, int], object] | None) -> None:
         _core.cuda_load(places, queue=queue, buffer_bytes=_LOAD_BUFFER_BYTES, num_threads=threads, progress=progress)
@@ -249,7 +231,7 @@ def loader(files: Mapping[str, Sequence[tuple[str, Tensor]]], device: torch.devi
 
 def stream_of(device: torch.device) -> int:
     """Handle of torch's current stream; on the CPU, where work is done when it is asked for, 0."""
-    return 0 if device.type == "cpu" else _queue(device)[1]
+    return 0 if device.type == "cpu" else queue_of(device)[1]
 
 
 # DLPack's (code, bits); other types are taken through as bytes.

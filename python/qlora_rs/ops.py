@@ -271,9 +271,7 @@ def device_weight(
     )
 
 
-def device_linear(
-    x: Tensor, weight: DeviceWeight, bias: Tensor | None, dequantize: Dequantize | None = None
-) -> Tensor:
+def device_linear(x: Tensor, weight: DeviceWeight, bias: Tensor | None, dequantize: Dequantize | None = None) -> Tensor:
     """x W^T + b on a CUDA device, x float32, bfloat16 or float16; nothing is recorded for autograd.
 
     ``dequantize`` is called where no kernel multiplies with W as it is.

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 import qlora_rs
-from qlora_rs import Linear4bit, QuantSpec, _bridge, _core, checkpoint
+from qlora_rs import Linear4bit, QuantSpec, _addresses, _bridge, _core, checkpoint
 
 MIB = 1 << 20
 SPECS = [QuantSpec(), QuantSpec("fp4", 32, False), QuantSpec("int8", 128), QuantSpec(codebook=[-1, -0.2, 0, 0.4, 1])]
@@ -160,7 +160,7 @@ def file_of(path: Path, sizes: list[int]) -> dict[str, torch.Tensor]:
 
 def load(path: Path, places: dict[str, torch.Tensor], buffer_bytes: int, num_threads: int, progress=None) -> None:  # type: ignore[no-untyped-def]
     files = [(str(path), [(name, (place.data_ptr(), place.nbytes)) for name, place in places.items()])]
-    queue = _bridge._queue(DEVICE)
+    queue = _addresses.queue_of(DEVICE)
     _core.cuda_load(files, queue=queue, buffer_bytes=buffer_bytes, num_threads=num_threads, progress=progress)
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from qlora_rs import _core
-from qlora_rs._bridge import _DTYPE_CODES, _memory, _queue
+from qlora_rs._addresses import DTYPE_CODES, memory_of, queue_of
 
 MOST_PAGES = _core.MOST_STEP_PAGES  # that one step of a device program reaches
 BLOCK_SIZE = _core.STATE_BLOCK_SIZE
@@ -54,7 +54,7 @@ def resident_run(elements: int, arrays: Iterable[StateArray]) -> Run:
     places, eight = [], False
     for values, absmax, signed in arrays:
         eight = absmax is not None
-        places.append(Place(_memory(values)[0], 0 if absmax is None else _memory(absmax)[0], signed))
+        places.append(Place(memory_of(values)[0], 0 if absmax is None else memory_of(absmax)[0], signed))
     return Run(0, elements, 0, eight, tuple(places))
 
 
@@ -78,7 +78,7 @@ class _Program:
     def __init__(self, rule: str, params: Sequence[Tensor], sets: Sequence[int], runs: Sequence[Sequence[Run]]) -> None:
         self.device = params[0].device
         self._tensors = [
-            (*_memory(param), _DTYPE_CODES[param.dtype], chosen) for param, chosen in zip(params, sets, strict=True)
+            (*memory_of(param), DTYPE_CODES[param.dtype], chosen) for param, chosen in zip(params, sets, strict=True)
         ]
         placed = [(index, run) for index, own in enumerate(runs) for run in own if run.stop > run.start]
         placed.sort(key=lambda item: item[1].page)
@@ -123,9 +123,9 @@ class DeviceProgram(_Program):
         size = _core.DeviceStep.table_bytes(self._tensors, len(self._runs))
         self._table = torch.empty(size, dtype=torch.uint8, device=self.device)
         self._core = _core.DeviceStep(
-            rule, tensors=self._tensors, runs=self._runs, table=_memory(self._table), queue=_queue(self.device)
+            rule, tensors=self._tensors, runs=self._runs, table=memory_of(self._table), queue=queue_of(self.device)
         )
-        self._streams = {_queue(self.device)[1]}  # those that have used the table
+        self._streams = {queue_of(self.device)[1]}  # those that have used the table
         self._params = [tensor[0] for tensor in self._tensors]
         self._grads: list[int] | None = None
         self._counters: object = None
@@ -134,19 +134,19 @@ class DeviceProgram(_Program):
 
     def place(self, params: list[int], grads: list[int]) -> None:
         """As `HostProgram.place`; what has not changed is not written again."""
-        if _queue(self.device)[1] not in self._streams:
+        if queue_of(self.device)[1] not in self._streams:
             # Dropped, the table must not be handed out again before this stream has passed, too.
             self._table.record_stream(torch.cuda.current_stream(self.device))
-            self._streams.add(_queue(self.device)[1])
+            self._streams.add(queue_of(self.device)[1])
         if params == self._params and grads == self._grads:
             return
         moved = None if params == self._params else params
-        self._core.set_addresses(_queue(self.device), moved, None if grads == self._grads else grads)
+        self._core.set_addresses(queue_of(self.device), moved, None if grads == self._grads else grads)
         self._params, self._grads = params, grads
 
     def measure(self, most: float) -> None:
         """Fill `squares`, `norm` and `clip_factor`, which brings the norm down to ``most``."""
-        self._core.clip(_queue(self.device), most)
+        self._core.clip(queue_of(self.device), most)
 
     def make_factors(self, steps: Sequence[Tensor], groups: Sequence[int], learning: Sequence[Learning]) -> None:
         """Count a step of each parameter in its scalar of this device, and make its factors there.
@@ -162,9 +162,9 @@ class DeviceProgram(_Program):
             for item in learning
         ]
         if self._counters != (counters, own):
-            self._core.set_counters(_queue(self.device), counters, own)
+            self._core.set_counters(queue_of(self.device), counters, own)
             self._counters = (counters, own)
-        self._core.make_factors(_queue(self.device))
+        self._core.make_factors(queue_of(self.device))
 
     def step(
         self, pages: tuple[int, int], memory: list[int], sets: list[FactorSet] | None, clip: Tensor | None
@@ -178,7 +178,7 @@ class DeviceProgram(_Program):
             clip: a float32 on the device that multiplies all gradients.
         """
         factor = None if clip is None else clip.data_ptr()
-        self._core.step(_queue(self.device), pages=pages, addresses=memory, sets=sets, clip=factor)
+        self._core.step(queue_of(self.device), pages=pages, addresses=memory, sets=sets, clip=factor)
 
 
 Program = HostProgram | DeviceProgram
@@ -195,7 +195,7 @@ def quantize_state(values: Tensor, signed: bool) -> tuple[Tensor, Tensor]:
     values = values.contiguous()
     codes = torch.empty(values.shape, dtype=torch.uint8)
     absmax = torch.empty(-(-values.numel() // BLOCK_SIZE), dtype=torch.float32)
-    _core.quantize_state(signed=signed, values=_memory(values), codes=_memory(codes), absmax=_memory(absmax))
+    _core.quantize_state(signed=signed, values=memory_of(values), codes=memory_of(codes), absmax=memory_of(absmax))
     return codes, absmax
 
 
@@ -203,5 +203,5 @@ def dequantize_state(codes: Tensor, absmax: Tensor, signed: bool) -> Tensor:
     """The float32 values of codes and scales; all on the CPU."""
     codes, absmax = codes.contiguous(), absmax.contiguous()
     values = torch.empty(codes.shape, dtype=torch.float32)
-    _core.dequantize_state(signed=signed, codes=_memory(codes), absmax=_memory(absmax), values=_memory(values))
+    _core.dequantize_state(signed=signed, codes=memory_of(codes), absmax=memory_of(absmax), values=memory_of(values))
     return values

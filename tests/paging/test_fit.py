@@ -13,7 +13,7 @@ import qlora_rs
 from qlora_rs import Linear4bit
 from qlora_rs.chunked_loss import causal_lm_loss
 from qlora_rs.paging import Fitted, fit, page_weights
-from qlora_rs.paging.plan import PAGED, Request, plan
+from qlora_rs.paging.plan import OPTIMIZER_BYTES, PAGED, Request, plan
 from qlora_rs.paging.weights import packed_blocks
 from qlora_rs.report import parse_bytes
 
@@ -209,6 +209,19 @@ def test_a_budget_that_is_too_small_names_the_ways_out(checkpointing: bool) -> N
     assert ("or gradient checkpointing, or fewer tokens" in str(caught.value)) is not checkpointing
     with pytest.raises(ValueError, match="or keep no dequantized weights, or fewer tokens"):
         fit(llama(), 4096, "cpu", tokens=TOKENS, keep_dequantized=True)
+
+
+@pytest.mark.parametrize(
+    "kind", ["AdamW", "AdamW8bit", "Lion", "Lion8bit", "AdEMAMix", "AdEMAMix8bit", "SGD", "SGD8bit"]
+)
+def test_the_state_of_each_optimizer_has_the_planned_bytes(kind: str) -> None:
+    parameter = nn.Parameter(torch.randn(77, 256))
+    options = {"momentum": 0.9} if kind.startswith("SGD") else {}
+    optimizer = getattr(qlora_rs.optim, kind)([parameter], lr=1e-3, **options)
+    parameter.grad = torch.randn_like(parameter)
+    optimizer.step()
+    held = sum(state.nbytes for name, state in optimizer.state[parameter].items() if name != "step")
+    assert OPTIMIZER_BYTES[kind.lower()] * parameter.numel() == held
 
 
 class Mixture(nn.Module):

@@ -6,6 +6,8 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+from qlora_rs._core import STATE_BLOCK_SIZE
+
 Group = Mapping[str, Any]
 
 
@@ -30,6 +32,10 @@ class Rule(NamedTuple):
     states: tuple[StateKind, ...]
     factors: Callable[[Group, int], list[float]]
     needs_states: Callable[[Group], bool] = lambda group: True
+
+    def state_bytes(self, bits: int) -> float:
+        """Of all states, for an element of a parameter: float32, or codes with a float32 scale for each block."""
+        return len(self.states) * (4 if bits == 32 else 1 + 4 / STATE_BLOCK_SIZE)
 
 
 def _decay(group: Group) -> float:
@@ -103,3 +109,4 @@ ADEMAMIX = Rule(
     _ademamix,
 )
 SGD = Rule("sgd", (StateKind("momentum_buffer", True),), _sgd, lambda group: group["momentum"] != 0)
+RULES = (ADAMW, LION, ADEMAMIX, SGD)

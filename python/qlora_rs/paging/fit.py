@@ -88,7 +88,8 @@ def fit(
         device: by default a CUDA device if there is one, else the CPU.
         tokens: that go through the model at once (samples x length).
         optimizer: whose state needs room: ``"adamw"``, ``"adamw8bit"``, ``"lion"``, ``"lion8bit"``, ``"ademamix"``,
-            ``"ademamix8bit"``, ``"sgd"``; ``"paged_..."`` has it in the pool (pass ``pool=`` to the optimizer).
+            ``"ademamix8bit"``, ``"sgd"`` (with momentum), ``"sgd8bit"``; ``"paged_..."`` has it in the pool (pass
+            ``pool=`` to the optimizer).
         page_activations: whether what `Fitted.step` saves goes to the pool; by default where weights are paged and
             layers are checkpointed.
         checkpointing: whether layers are checkpointed; by default the model is asked.

@@ -12,21 +12,16 @@ from torch import Tensor, nn
 
 from qlora_rs.chunked_loss import CHUNK_BYTES
 from qlora_rs.linear import Linear4bit
+from qlora_rs.optim.rules import RULES
 from qlora_rs.paging.weights import block_bytes, packed_blocks
 from qlora_rs.report import format_bytes
 
 Place = Literal["device", "pool", "step"]
 Blocks = Mapping[str, Mapping[str, Linear4bit]]
 
-# Bytes of state for a trained element; 8-bit state has a float32 scale for 256 elements.
+# Of state for a trained element.
 OPTIMIZER_BYTES: Mapping[str, float] = {
-    "adamw": 8.0,
-    "adamw8bit": 2 * 65 / 64,
-    "lion": 4.0,
-    "lion8bit": 65 / 64,
-    "ademamix": 12.0,
-    "ademamix8bit": 3 * 65 / 64,
-    "sgd": 4.0,
+    rule.name + suffix: rule.state_bytes(bits) for rule in RULES for suffix, bits in (("", 32), ("8bit", 8))
 }
 PAGED = "paged_"  # before an optimizer's name: its state is in the pool
 

@@ -128,16 +128,17 @@ def causal_lm_loss(
         input_ids: (samples, length) int64.
         labels: the same shape, not shifted: the token where it counts, ``-100`` elsewhere.
         reduction, chunk_bytes: see `chunked_cross_entropy`.
-        inputs: more of what the model takes, as ``attention_mask``.
+        inputs: more of what the model takes, as ``attention_mask``; not what says which logits it makes.
 
     Raises:
-        ValueError: labels of another shape than the tokens, or another reduction.
+        ValueError: labels of another shape than the tokens, another reduction, or an input that the loss decides.
 
     >>> loss = causal_lm_loss(model, input_ids, labels=input_ids)  # doctest: +SKIP
     """
     _check_reduction(reduction)
     if labels.shape != input_ids.shape:
         raise ValueError(f"labels have shape {list(labels.shape)}, input_ids {list(input_ids.shape)}: give one a token")
+    inputs = _without_decided(inputs)
     targets = labels[:, 1:]
     counts = targets != IGNORED
     rows = nn.functional.pad(counts, (0, 1))  # (samples, length): predicts a token that counts
@@ -159,6 +160,24 @@ def causal_lm_loss(
     if logits.shape[:2] == rows.shape:  # a model without a head that could be told; else (1, counted, vocabulary)
         logits = logits[rows]
     return cross_entropy(logits.reshape(-1, logits.shape[-1]).float(), targets[counts], reduction=reduction)
+
+
+# What a model takes that is decided here: the only value that changes nothing, and why there is no other.
+_DECIDED: dict[str, tuple[Any, str]] = {
+    "use_cache": (False, "nothing is generated from the tokens of a loss"),
+    "logits_to_keep": (0, "logits are made where the next token counts: put -100 into labels elsewhere"),
+    "num_logits_to_keep": (0, "logits are made where the next token counts: put -100 into labels elsewhere"),
+    "return_dict": (True, "the logits are found by name"),
+}
+
+
+def _without_decided(inputs: dict[str, Any]) -> dict[str, Any]:
+    """What is left for the model, without values that change nothing."""
+    for name, (value, why) in _DECIDED.items():
+        given = inputs.get(name)
+        if given is not None and (isinstance(given, Tensor) or given != value):
+            raise ValueError(f"{name} is always {value} in a loss, got {given!r}: {why}")
+    return {name: given for name, given in inputs.items() if name not in _DECIDED}
 
 
 class _Seen:

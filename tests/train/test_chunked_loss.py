@@ -173,6 +173,23 @@ def test_it_is_the_loss_that_the_model_gives(name: str, changes: dict[str, Any])
             torch.testing.assert_close(parameter.grad, grads[parameter_name], rtol=1e-4, atol=1e-5)
 
 
+def test_inputs_that_the_loss_decides_are_told_or_change_nothing() -> None:
+    model, ids = causal_lm("Llama"), torch.arange(12).view(2, 6) % 50 + 1
+    expected = causal_lm_loss(model, ids, ids)
+    harmless = {"use_cache": False, "logits_to_keep": 0, "return_dict": True}
+    assert torch.equal(causal_lm_loss(model, ids, ids, **harmless), expected)
+    assert torch.equal(causal_lm_loss(model, ids, ids, **dict.fromkeys(harmless)), expected)
+    for name, value in (
+        ("use_cache", True),
+        ("logits_to_keep", 3),
+        ("logits_to_keep", torch.tensor([1, 2])),
+        ("num_logits_to_keep", 1),
+        ("return_dict", False),
+    ):
+        with pytest.raises(ValueError, match=f"^{name} is always"):
+            causal_lm_loss(model, ids, ids, **{name: value})
+
+
 def test_logits_that_are_scaled_in_place_are_found_out() -> None:
     model = causal_lm("Llama")
 

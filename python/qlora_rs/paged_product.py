@@ -243,7 +243,8 @@ class PagedProduct:
 
     def _dequantized(self, here: _Resident, dtype: torch.dtype) -> Tensor:
         if here.weight is not None and dtype in direct.DTYPES:
-            return here.weight.dequantize(dtype)
+            weight: Tensor = here.weight.dequantize(dtype)
+            return weight
         return self._operator.dequantize(here.parts, dtype)
 
     def _acquire(self) -> _Resident:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, noop_context_fn
 
 import qlora_rs
-from qlora_rs import Linear4bit, LoraLinear, _bridge, keep_dequantized
+from qlora_rs import Linear4bit, LoraLinear, _core, keep_dequantized
 
 TOKENS = 300
 
@@ -49,10 +49,8 @@ def input_of(width: int = 192, tokens: int = TOKENS) -> Tensor:
 @pytest.mark.parametrize(("context_fn", "expected"), [(noop_context_fn, 5), (keep_dequantized, 4)])
 def test_the_last_product_of_a_block_is_not_made_again(monkeypatch, context_fn, expected) -> None:
     made: list[int] = []
-    dequantize = _bridge.DeviceWeight.dequantize
-    monkeypatch.setattr(
-        _bridge.DeviceWeight, "dequantize", lambda self, dtype: made.append(1) or dequantize(self, dtype)
-    )
+    dequantize = _core.DeviceWeight.dequantize
+    monkeypatch.setattr(_core.DeviceWeight, "dequantize", lambda self, dtype: made.append(1) or dequantize(self, dtype))
     model, x = stack(3), input_of()
     gradients(model, x, run(model, x, context_fn))
     assert len(made) == expected * len(model)

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint, noop_context_fn
 
 import qlora_rs
-from qlora_rs import Linear4bit, LoraLinear, PackedTensor, QuantSpec, _bridge, keep_dequantized
+from qlora_rs import Linear4bit, LoraLinear, PackedTensor, QuantSpec, _bridge, _core, keep_dequantized
 from qlora_rs.paging import PagedPool, page_weights
 
 pytestmark = pytest.mark.usefixtures("device")
@@ -105,8 +105,8 @@ def made(device: str, monkeypatch: pytest.MonkeyPatch) -> Made:
         real = _bridge.dequantize
         monkeypatch.setattr(_bridge, "dequantize", lambda *arguments: found.add(real(*arguments)))
     else:
-        of_device = _bridge.DeviceWeight.dequantize
-        monkeypatch.setattr(_bridge.DeviceWeight, "dequantize", lambda self, dtype: found.add(of_device(self, dtype)))
+        of_device = _core.DeviceWeight.dequantize
+        monkeypatch.setattr(_core.DeviceWeight, "dequantize", lambda self, dtype: found.add(of_device(self, dtype)))
     return found
 
 

@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch.utils.checkpoint import noop_context_fn
 
 import qlora_rs
-from qlora_rs import FormatError, Linear4bit, QuantSpec, UnsupportedError, checkpoint
+from qlora_rs import FormatError, Linear4bit, QuantSpec, UnsupportedError, _bridge, checkpoint
 from qlora_rs.experts import PackedExperts, split_experts
 from qlora_rs.merge import merge
 from qlora_rs.model import load_float
@@ -283,6 +284,30 @@ def test_paged_each_expert_is_a_block() -> None:
         weights = qlora_rs.paging.page_weights(model, qlora_rs.paging.PagedPool("64KiB", page_size=4096))
         assert "model.layers.1.mlp.experts.4" in weights.blocks
         assert torch.equal(model(TOKENS).logits, expected)
+
+
+def test_checkpointed_experts_may_keep_their_dequantized_weights(monkeypatch) -> None:
+    model = moe("mixtral").train()
+    qlora_rs.quantize_model(model)
+    qlora_rs.attach_lora(model, r=2, seed=0, target_modules=["q_proj", "down_proj"])
+    for parameter in qlora_rs.lora_parameters(model):
+        torch.nn.init.normal_(parameter, std=0.1)
+    made: list[int] = []
+    dequantize = _bridge.dequantize
+    monkeypatch.setattr(_bridge, "dequantize", lambda *arguments: made.append(1) or dequantize(*arguments))
+    tokens = torch.randint(101, (3, 113))  # so that every expert gets more than are multiplied without dequantizing
+    grads, counts = [], []
+    for context_fn in (noop_context_fn, qlora_rs.keep_dequantized):
+        settings = {"use_reentrant": False, "context_fn": context_fn}
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs=settings)
+        model.zero_grad()
+        made.clear()
+        model(input_ids=tokens, labels=tokens, use_cache=False).loss.backward()
+        counts.append(len(made))
+        grads.append([parameter.grad.clone() for parameter in qlora_rs.lora_parameters(model)])
+    products = 2 * (4 + 2 * EXPERTS)
+    assert counts == [3 * products, 2 * products]
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
 
 
 def test_transformers_own_loader_refuses_and_says_what_loads_it(source, tmp_path) -> None:

@@ -151,18 +151,14 @@ def main() -> None:
     for layers in packed_blocks(model).values():
         load(layers)
     model.to(device)
-    rows: list[list[object]] = []
+    print(f"{options.layers} layers of hidden size {model.config.hidden_size}")
+    print(harness.machine() if options.tiny else device_harness.machine(), flush=True)
+    header = ["tokens", "weights", "step ms", "device ms", "host ms", "device ms a layer", "peak of a step"]
     with reproducible(device):
         for batch, length in sizes:
             step = Step(model, batch, length, device)
-            rows += rows_of(step, f"{batch} x {length}", options.layers, options.repetitions)
-    print(f"{options.layers} layers of hidden size {model.config.hidden_size}")
-    print(
-        harness.table(
-            ["tokens", "weights", "step ms", "device ms", "host ms", "device ms a layer", "peak of a step"], rows
-        )
-    )
-    print(harness.machine() if options.tiny else device_harness.machine())
+            rows = rows_of(step, f"{batch} x {length}", options.layers, options.repetitions)
+            print(harness.table(header, rows), flush=True)
 
 
 if __name__ == "__main__":

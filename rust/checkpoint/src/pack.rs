@@ -4,7 +4,7 @@
 use std::io;
 use std::path::Path;
 use std::sync::mpsc;
-use std::thread::{self, Scope, ScopedJoinHandle};
+use std::thread::{self, Scope};
 
 use qlora_core::{Control, Parallel, QuantSpec};
 
@@ -93,7 +93,7 @@ pub fn pack(
             read_all(&plan.sources, wanted, slice_bytes, files, &returned, control);
         })?;
         let output = &writer;
-        let behind = spawn(scope, destination, "write", move || write_behind(output, news))?;
+        spawn(scope, destination, "write", move || write_behind(output, news, control))?;
         let mut worker = Worker::new(plan, spec, &writer, written, lanes, Parallel::new(threads), control);
         // Moved in, so that on every way out the other threads find nobody listening and end.
         let (incoming, recycle) = (incoming, recycle);
@@ -121,11 +121,6 @@ pub fn pack(
                 }
             }
         }
-        drop(worker);
-        match behind.join() {
-            Ok(outcome) => outcome?,
-            Err(panic) => std::panic::resume_unwind(panic),
-        }
         control.check().map_err(CheckpointError::from)
     })?;
     let digests: Vec<String> = digests.into_iter().flatten().collect();
@@ -137,14 +132,14 @@ pub fn pack(
 }
 
 /// A thread with a name to find it by; `destination` is for the message where the system gives none.
-fn spawn<'scope, T: Send + 'scope>(
+fn spawn<'scope>(
     scope: &'scope Scope<'scope, '_>,
     destination: &Path,
     name: &str,
-    work: impl FnOnce() -> T + Send + 'scope,
-) -> Result<ScopedJoinHandle<'scope, T>, CheckpointError> {
-    let builder = thread::Builder::new().name(format!("qlora-rs-{name}"));
-    builder.spawn_scoped(scope, work).map_err(|error| {
+    work: impl FnOnce() + Send + 'scope,
+) -> Result<(), CheckpointError> {
+    let spawned = thread::Builder::new().name(format!("qlora-rs-{name}")).spawn_scoped(scope, work);
+    spawned.map(drop).map_err(|error| {
         CheckpointError::io(destination)(io::Error::new(error.kind(), format!("no thread to {name} with: {error}")))
     })
 }

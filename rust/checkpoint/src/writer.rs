@@ -131,15 +131,6 @@ impl Writer {
         &self.files[shard].1
     }
 
-    /// Wait until what is written of a file is on the disk.
-    ///
-    /// # Errors
-    /// [`CheckpointError::Io`] naming the file.
-    pub fn sync(&self, shard: usize) -> Result<(), CheckpointError> {
-        let (path, file) = &self.files[shard];
-        file.sync_data().map_err(CheckpointError::io(path))
-    }
-
     /// Write a file's header and wait until the file is on the disk.
     ///
     /// # Errors

@@ -165,6 +165,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32)
                           const __grid_constant__ ThresholdTree thresholds) {
     extern __shared__ double upper[];
     __shared__ float bounds[256];
+    launch_dependents();
     for (int i = threadIdx.x; i < 256; i += blockDim.x) bounds[i] = thresholds.nodes[i];
     const int runs = static_cast<int>((blocks + RUN - 1) / RUN);
     absmax += blockIdx.y * blocks;

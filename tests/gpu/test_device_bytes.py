@@ -75,6 +75,18 @@ def test_bytes_and_values_equal_the_cpus(
             assert torch.equal(bits(ours).cpu(), bits(theirs)), (shape, out)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("binades", [0, 5, 11, 13, 20, 30, 60, 200])
+def test_doubly_quantized_scales_equal_the_cpus_however_far_they_lie_apart(dtype: torch.dtype, binades: int) -> None:
+    # The device adds close scales in whole numbers, others in float64 in any order, the rest one after the other.
+    spec = QuantSpec("nf4", 64, True)
+    for rows in (257, 1031):
+        weight = torch.randn(rows, 192) * 2.0 ** -torch.randint(0, binades + 1, (rows, 1)).float()
+        weight[::7] = 0.0
+        weight = weight.to(dtype)
+        assert_same(qlora_rs.quantize(weight.cuda(), spec), qlora_rs.quantize(weight, spec))
+
+
 @pytest.mark.parametrize("quant_type", TYPES)
 def test_every_code_and_every_scale_byte_decode_as_on_the_cpu(quant_type: str) -> None:
     spec = spec_of(quant_type, 64, True)

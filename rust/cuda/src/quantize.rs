@@ -136,7 +136,7 @@ unsafe fn words(
         arg(&zero_word),
         arg(cells),
     ];
-    let grid = Grid::new((ctas(layout.elements(), CTA_WEIGHTS)?, 1), THREADS);
+    let grid = Grid { overlap: device.overlaps(), ..Grid::new((ctas(layout.elements(), CTA_WEIGHTS)?, 1), THREADS) };
     // SAFETY: the arguments are those of `quantize_words_*`; the caller vouches for the memory.
     unsafe { launch(device.function(&QUANTIZE, ("", names(dtype).0))?, grid, queue, &mut args) }?;
     Ok(summed)

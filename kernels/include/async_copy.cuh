@@ -23,6 +23,16 @@ __device__ __forceinline__ uint2 load_shared_8(uint32_t at) {
     return value;
 }
 
+__device__ __forceinline__ void load_shared_floats(float (&to)[4], uint32_t at) {
+    asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
+                 : "=f"(to[0]), "=f"(to[1]), "=f"(to[2]), "=f"(to[3])
+                 : "r"(at)
+                 : "memory");
+}
+__device__ __forceinline__ void load_shared_floats(float (&to)[2], uint32_t at) {
+    asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(to[0]), "=f"(to[1]) : "r"(at) : "memory");
+}
+
 // The same value, kept in a register: the compiler would compute it again at every use.
 __device__ __forceinline__ uint32_t hold(uint32_t value) {
     asm volatile("" : "+r"(value));

@@ -38,27 +38,38 @@ __device__ __forceinline__ void start_barrier(uint32_t at, int arrivals) {
 }
 __device__ __forceinline__ void fence_barriers() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
 
-// One arrival at the barrier of the CTA of rank `rank`; what this thread wrote before is seen by who waits for it.
+// One arrival at the barrier of the CTA of rank `rank`: what this thread read before may be written over. It publishes
+// nothing that this thread wrote: that would take a fence for the whole device.
 __device__ __forceinline__ void arrive_at_rank(uint32_t at, int rank) {
     asm volatile("{ .reg .b32 there; mapa.shared::cluster.u32 there, %0, %1; "
-                 "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [there]; }" ::"r"(at),
+                 "mbarrier.arrive.shared::cluster.b64 _, [there]; }" ::"r"(at),
                  "r"(rank)
                  : "memory");
+}
+
+// One arrival at this CTA's own barrier; its phase takes `bytes` more that `copy_to_rank` brings.
+__device__ __forceinline__ void expect_bytes(uint32_t at, uint32_t bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(at), "r"(bytes) : "memory");
 }
 
 // Waits until the phase of this parity is complete.
 __device__ __forceinline__ void wait_for_phase(uint32_t at, uint32_t parity) {
     asm volatile("{ .reg .pred complete; again: "
-                 "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 complete, [%0], %1; "
+                 "mbarrier.try_wait.parity.shared::cta.b64 complete, [%0], %1; "
                  "@!complete bra again; }" ::"r"(at),
                  "r"(parity)
                  : "memory");
 }
 
-// Writes a float at this CTA's shared address `at`, in the CTA of rank `rank`.
-__device__ __forceinline__ void store_to_rank(uint32_t at, int rank, float value) {
-    asm volatile(
-        "{ .reg .b32 there; mapa.shared::cluster.u32 there, %0, %1; st.shared::cluster.f32 [there], %2; }" ::"r"(at),
-        "r"(rank), "f"(value)
-        : "memory");
+// Starts to copy `bytes` (16 or a multiple) from this CTA's shared memory to that of the CTA of rank `rank`, and tells its
+// barrier of them; `to` and `barrier` are addresses as this CTA would use them. Who wrote `from` calls
+// `fence_for_products`, and a barrier follows, before.
+__device__ __forceinline__ void copy_to_rank(uint32_t to, int rank, uint32_t from, uint32_t bytes, uint32_t barrier) {
+    asm volatile("{ .reg .b32 there, told; mapa.shared::cluster.u32 there, %0, %1; mapa.shared::cluster.u32 told, %4, %1; "
+                 "cp.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes [there], [%2], %3, [told]; "
+                 "cp.async.bulk.commit_group; }" ::"r"(to),
+                 "r"(rank), "r"(from), "r"(bytes), "r"(barrier)
+                 : "memory");
 }
+// Waits until what this thread's copies read may be written over.
+__device__ __forceinline__ void wait_copies_to_ranks() { asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory"); }

@@ -6,10 +6,10 @@
 // float32, and the result is rounded once.
 // Layout: `Linear4bit` in linear_4bit_problem.cuh. A row tile is 16 rows, a chunk is BLOCKS blocks of 64 columns (K is
 // a multiple of it), a stage is one row tile by one chunk.
-// Grid: x over equal runs of row tiles, z splits K over a cluster. A CTA keeps its columns of all tokens in shared
-// memory; each of its four warpgroups walks over a quarter of the row tiles, four tiles at a time, a tile a warp, whose
-// packed bytes stream through the warp's own ring. No barrier joins the warps; what the CTAs of a cluster sum apart
-// goes from warp to warp, each CTA finishing a share of the tokens, in the order of ranks.
+// Grid: x over equal runs of row tiles, z splits K over a cluster of one or two CTAs. A CTA keeps its columns of all
+// tokens in shared memory; each of its four warpgroups walks over a quarter of the row tiles, four tiles at a time, a tile
+// a warp, whose packed bytes stream through the warp's own ring. No barrier joins the warps; what the two CTAs of a
+// cluster sum apart goes from warp to warp, each CTA finishing half of the tokens.
 // Bytes moved: the packed weight and its scales once; x once per CTA (from the L2).
 // Called by rust/cuda/src/linear_4bit.rs, with what rust/cuda/src/heuristics.rs chose.
 #pragma once
@@ -32,13 +32,17 @@ template <int TOKENS_, int STAGES_> struct ResidentShape {
     static constexpr int TOKENS = TOKENS_, STAGES = STAGES_, BLOCKS = 2;
     static constexpr int WARPS = 16, THREADS = 32 * WARPS;
     static constexpr int SUMS = TOKENS / 2;              // of a thread: 64 x TOKENS over a warpgroup
+    static constexpr int SHARE = SUMS / 2;               // of a thread, that each of two CTAs finishes
     static constexpr int CODE_BYTES = 16 * 32 * BLOCKS;  // of a stage: 16 rows x BLOCKS blocks of 64
-    static constexpr int STAGE_BYTES = CODE_BYTES + 16 * 4 * BLOCKS;
+    // Scales go from lane to lane by shuffles where the tokens leave no room for them in the ring, which is quicker.
+    static constexpr bool SHUFFLES_SCALES = TOKENS > 16;
+    static constexpr int STAGE_BYTES = CODE_BYTES + (SHUFFLES_SCALES ? 0 : 16 * 4 * BLOCKS);
     static constexpr int RING_BYTES = STAGES * STAGE_BYTES;
     static constexpr int MAP_BYTES = 256 * 4;
     static constexpr int TOKEN_BLOCK = TOKENS * 128;  // bytes of 64 columns of all tokens
-    static constexpr int SENT = SUMS < 4 ? SUMS : 4;  // sums that a thread sends to a peer at once
-    // Dynamic shared memory: pair table, dynamic map, rings, tokens, what peers send, barriers.
+    static constexpr int SENT_BYTES = SHARE * 32 * 4;
+    static_assert(SENT_BYTES <= STAGE_BYTES, "what a warp sends waits in a slot of its ring");
+    // Dynamic shared memory: pair table, dynamic map, rings, tokens, and for two CTAs what peers send and barriers.
     static constexpr int TOKENS_AT = PAIR_TABLE_BYTES + MAP_BYTES + WARPS * RING_BYTES;
     static_assert(TOKENS_AT % 1024 == 0, "products read tokens from multiples of 1024");
 };
@@ -54,7 +58,7 @@ template <typename SHAPE> struct TileRing {
     uint32_t copy_to, scale_to;         // shared addresses in the first stage: of what the lane copies, of its scale
     const uint8_t *upper, *lower;       // what the lane copies next: rows lane / 4 and lane / 4 + 8
     int scale_row;                      // index of the first scale of row lane / 2
-    RawScale raw[SHAPE::STAGES - 1];    // a lane's scale of each stage that is on the way, the oldest first
+    RawScale raw[SHAPE::STAGES - 1] = {};  // a lane's scale of each stage that is on the way, the oldest first
 
     // `ring` is a shared address.
     template <typename T>
@@ -98,9 +102,12 @@ template <typename SHAPE> struct TileRing {
         fill = after(fill);
     }
 
-    // Decodes the scales of the oldest stage into it: the one behind that to fill.
-    __device__ __forceinline__ void store_scales() const {
-        store_shared(scale_to + after(fill), scales.decode(raw[0]));
+    // The lane's scale of the oldest stage: of row lane / 2, block lane % 2. Where it is not to be shuffled, it goes into
+    // that stage's slot, the one behind that to fill.
+    __device__ __forceinline__ float take_scale() const {
+        const float scale = scales.decode(raw[0]);
+        if (!SHAPE::SHUFFLES_SCALES) store_shared(scale_to + after(fill), scale);
+        return scale;
     }
 
     static __device__ __forceinline__ uint32_t after(uint32_t at) {
@@ -113,19 +120,24 @@ template <typename SHAPE> struct TileRing {
 // thread of quad q holds neighbours: column 16 q + 4 s + 2 h + e goes to slot 16 s + 8 h + 2 q + e.
 template <typename T, typename SHAPE>
 __device__ __forceinline__ void load_tokens(const Linear4bit<T>& p, char* tokens, int first_column, int blocks) {
+    constexpr int TILES = SHAPE::TOKENS / 8;
+    for (int i = threadIdx.x; i < blocks * 16; i += SHAPE::THREADS) {
+        const int half = i / 8 % 2, block = i / 16, column = first_column + block * 64 + half * 8;
+        uint4 quarters[TILES][4];  // all on the way before the first is looked at
 #pragma unroll
-    for (int tile = 0; tile < SHAPE::TOKENS / 8; tile++)
-#pragma unroll 2
-        for (int i = threadIdx.x; i < blocks * 16; i += SHAPE::THREADS) {
-            const int token = tile * 8 + i % 8, half = i / 8 % 2, block = i / 16;
-            const int column = first_column + block * 64 + half * 8;
+        for (int tile = 0; tile < TILES; tile++) {
+            const int token = tile * 8 + i % 8;
             const T* from = p.x + static_cast<int64_t>(token) * p.K + column;
-            const bool inside = token < p.M;
-            uint4 quarter[4];
 #pragma unroll
             for (int q = 0; q < 4; q++)
-                quarter[q] = inside ? __ldcg(reinterpret_cast<const uint4*>(from + q * 16)) : make_uint4(0, 0, 0, 0);
+                quarters[tile][q] =
+                    token < p.M ? __ldcg(reinterpret_cast<const uint4*>(from + q * 16)) : make_uint4(0, 0, 0, 0);
+        }
+#pragma unroll
+        for (int tile = 0; tile < TILES; tile++) {
+            const int token = tile * 8 + i % 8;
             char* row = tokens + block * SHAPE::TOKEN_BLOCK + token * 128;
+            const uint4(&quarter)[4] = quarters[tile];
             auto put = [&](int j, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
                 *reinterpret_cast<uint4*>(row + ((half * 4 + j) ^ token % 8) * 16) = make_uint4(a, b, c, d);
             };
@@ -134,6 +146,7 @@ __device__ __forceinline__ void load_tokens(const Linear4bit<T>& p, char* tokens
             put(2, quarter[0].z, quarter[1].z, quarter[2].z, quarter[3].z);
             put(3, quarter[0].w, quarter[1].w, quarter[2].w, quarter[3].w);
         }
+    }
 }
 
 // A block of a stage as the A fragments of its four products; `at` is the shared address of the thread's 8 bytes of its
@@ -159,47 +172,41 @@ __device__ __forceinline__ void add_scaled(float (&sums)[N], const float (&part)
     for (int i = 0; i < N; i++) sums[i] += part[i] * (i % 4 < 2 ? upper : lower);
 }
 
-// How the warps of one place in all CTAs of a cluster bring their sums together: sum i of a thread belongs to rank
-// i >> share_bits. Each sends what belongs to others, at most SENT sums a round, and adds what it gets in the order of
-// ranks.
+// How the warps of one place in both CTAs of a cluster bring their sums together: rank r finishes the sums from
+// r * SHARE on. What goes to the peer is copied by the copy engine, which tells the peer's barrier when it has come:
+// stores would need a fence for the whole device, at which all that the warp has on the way is waited for.
 template <typename SHAPE> struct Exchange {
-    uint32_t received;  // shared address of what peers send to this warp: [ranks - 1][sent][32] floats
-    uint32_t barriers;  // of two: what peers sent has come; what was sent has been read
-    int rank, ranks, share_bits;
-    uint32_t round;
+    uint32_t received;  // shared address of what the peer sends to this warp: [SHARE][32] floats
+    uint32_t barriers;  // of two: what the peer sent has come; it has read what was sent
+    int rank;
+    uint32_t round = 0;
 
-    __device__ __forceinline__ bool owns(int sum) const { return sum >> share_bits == rank; }
-
-    // Every lane for itself: a lane reads what the same lane of its peers wrote.
-    __device__ __forceinline__ void tell_peers(uint32_t barrier) const {
-        for (int r = 0; r < ranks; r++)
-            if (r != rank) arrive_at_rank(barrier, r);
-    }
-
-    __device__ __forceinline__ void operator()(float (&sums)[SHAPE::SUMS]) {
-        const int share = 1 << share_bits, sent = min(share, SHAPE::SENT);
-        const uint32_t own = received + threadIdx.x % 32 * 4;
-        for (int first = 0; first < share; first += sent, round++) {
+    // `slot` is a shared address of SENT_BYTES that nobody writes to until this returns.
+    __device__ __forceinline__ void operator()(const float (&sums)[SHAPE::SUMS], uint32_t slot,
+                                               float (&finished)[SHAPE::SHARE]) {
+        const uint32_t lane = threadIdx.x % 32;
+        auto share_of = [&](int owner, int i) { return owner == 0 ? sums[i] : sums[SHAPE::SHARE + i]; };
+        __syncwarp();  // the slot is read
+#pragma unroll
+        for (int i = 0; i < SHAPE::SHARE; i++) store_shared(slot + i * 128 + lane * 4, share_of(rank ^ 1, i));
+        fence_for_products();
+        __syncwarp();
+        if (lane == 0) {
             if (round > 0) wait_for_phase(barriers + 8, (round - 1) & 1);
-#pragma unroll
-            for (int i = 0; i < SHAPE::SUMS; i++) {
-                const int owner = i >> share_bits, j = (i & (share - 1)) - first;
-                const int slot = rank < owner ? rank : rank - 1;
-                if (owner != rank && j >= 0 && j < sent) store_to_rank(own + (slot * sent + j) * 128, owner, sums[i]);
-            }
-            tell_peers(barriers);
-            wait_for_phase(barriers, round & 1);
-#pragma unroll
-            for (int i = 0; i < SHAPE::SUMS; i++) {
-                const int j = (i & (share - 1)) - first;
-                if (!owns(i) || j < 0 || j >= sent) continue;
-                float sum = 0.f;
-                for (int r = 0; r < ranks; r++)
-                    sum += r == rank ? sums[i] : load_shared(own + ((r < rank ? r : r - 1) * sent + j) * 128);
-                sums[i] = sum;
-            }
-            tell_peers(barriers + 8);
+            expect_bytes(barriers, SHAPE::SENT_BYTES);
+            copy_to_rank(received, rank ^ 1, slot, SHAPE::SENT_BYTES, barriers);
         }
+        wait_for_phase(barriers, round & 1);
+#pragma unroll
+        for (int i = 0; i < SHAPE::SHARE; i++)
+            finished[i] = share_of(rank, i) + load_shared(received + i * 128 + lane * 4);
+        __syncwarp();
+        if (lane == 0) {
+            arrive_at_rank(barriers + 8, rank ^ 1);
+            wait_copies_to_ranks();
+        }
+        __syncwarp();
+        round++;
     }
 };
 
@@ -229,18 +236,16 @@ __device__ __forceinline__ void linear_4bit_sm90(const Linear4bit<T>& p, const C
     const uint32_t own_ring = shared_address(shared) + PAIR_TABLE_BYTES + SHAPE::MAP_BYTES + warp * SHAPE::RING_BYTES;
     TileRing<SHAPE> ring(p, scales, own_ring, begin_tile + warp % 4, end_tile, first_chunk, end_chunk);
     const uint32_t codes_at = hold(own_ring + group * 64 + swizzled_block<SHAPE::BLOCKS>(0, group) * 32 + quad * 8);
-    const uint32_t scales_at = hold(own_ring + SHAPE::CODE_BYTES + group * 8);
+    const uint32_t scales_at = SHAPE::SHUFFLES_SCALES ? 0 : hold(own_ring + SHAPE::CODE_BYTES + group * 8);
 #pragma unroll
     for (int s = 0; s < SHAPE::STAGES - 1; s++) ring.issue();
     const int most_chunks = (chunks + ranks - 1) / ranks;
-    const int share_bits = 31 - __clz(SHAPE::SUMS / ranks);
     const uint32_t received = shared_address(tokens) + most_chunks * (SHAPE::BLOCKS * SHAPE::TOKEN_BLOCK);
-    const uint32_t received_bytes = (ranks - 1) * min(1 << share_bits, SHAPE::SENT) * 128;
-    const uint32_t barriers = received + SHAPE::WARPS * received_bytes + warp * 16;
-    Exchange<SHAPE> exchange = {received + warp * received_bytes, barriers, rank, ranks, share_bits, 0};
+    const uint32_t barriers = received + SHAPE::WARPS * SHAPE::SENT_BYTES + warp * 16;
+    Exchange<SHAPE> exchange = {received + warp * SHAPE::SENT_BYTES, barriers, rank};
     if (ranks > 1 && lane == 0) {
-        start_barrier(barriers, 32 * (ranks - 1));
-        start_barrier(barriers + 8, 32 * (ranks - 1));
+        start_barrier(barriers, 1);
+        start_barrier(barriers + 8, 1);
         fence_barriers();
     }
     write_pair_table<T, SHAPE::THREADS>(shared, codebook);
@@ -275,38 +280,60 @@ __device__ __forceinline__ void linear_4bit_sm90(const Linear4bit<T>& p, const C
         }
 #pragma unroll 1
         for (int chunk = first_chunk; chunk < end_chunk; chunk++) {
-            ring.store_scales();
+            const float scale = ring.take_scale();
             wait_copies<SHAPE::STAGES - 2>();
             __syncwarp();  // everyone's copies and scales have landed, and the slot to refill is read
             ring.issue();
             // STAGES - 1 are on the way, so the slot to fill next is the one that has landed.
-            const uint2 upper = load_shared_8(scales_at + ring.fill), lower = load_shared_8(scales_at + ring.fill + 64);
+            float upper[2], lower[2];
+            if (!SHAPE::SHUFFLES_SCALES) {
+                load_shared_floats(upper, scales_at + ring.fill);
+                load_shared_floats(lower, scales_at + ring.fill + 64);
+            }
             const uint32_t even_at = codes_at + ring.fill;
-            const uint32_t at = tokens_at + (chunk - first_chunk) * (2 * SHAPE::TOKEN_BLOCK);
+            // From a lane, so that the compiler sees that it is the same for all: descriptors live in uniform registers.
+            const uint32_t at =
+                __shfl_sync(~0u, tokens_at + (chunk - first_chunk) * (2 * SHAPE::TOKEN_BLOCK), 0);
             float even[SHAPE::SUMS], odd[SHAPE::SUMS];
             uint32_t weights[16], odd_weights[16];
             decode_block(even_at, table, weights);
             FreshProduct<T, SHAPE::TOKENS>::start(even, weights, describe_rows(at));
             decode_block(even_at ^ 32, table, odd_weights);
             FreshProduct<T, SHAPE::TOKENS>::start(odd, odd_weights, describe_rows(at + SHAPE::TOKEN_BLOCK));
+            if (SHAPE::SHUFFLES_SCALES) {
+#pragma unroll
+                for (int block = 0; block < 2; block++) {
+                    upper[block] = __shfl_sync(~0u, scale, group * 2 + block);
+                    lower[block] = __shfl_sync(~0u, scale, group * 2 + block + 16);
+                }
+            }
             wait_products<1>();
-            add_scaled(sums, even, __uint_as_float(upper.x), __uint_as_float(lower.x));
+            add_scaled(sums, even, upper[0], lower[0]);
             wait_products<0>();
-            add_scaled(sums, odd, __uint_as_float(upper.y), __uint_as_float(lower.y));
+            add_scaled(sums, odd, upper[1], lower[1]);
         }
         if (tile >= end_tile) continue;
-        if (ranks > 1) exchange(sums);
-        float bias[2] = {0.f, 0.f};
         const int row = tile * 16 + group;
-        if (p.bias != nullptr) {
-            if (row < p.N) bias[0] = widen(load_through_l2(p.bias + row));
-            if (row + 8 < p.N) bias[1] = widen(load_through_l2(p.bias + row + 8));
-        }
+        auto store = [&](const auto& finished, int first_token) {
+            float bias[2] = {0.f, 0.f};
+            if (p.bias != nullptr) {
+                if (row < p.N) bias[0] = widen(load_through_l2(p.bias + row));
+                if (row + 8 < p.N) bias[1] = widen(load_through_l2(p.bias + row + 8));
+            }
 #pragma unroll
-        for (int i = 0; i < SHAPE::SUMS; i++) {
-            const int token = i / 4 * 8 + quad * 2 + i % 2, lower = i % 4 / 2;
-            if (exchange.owns(i) && token < p.M && row + lower * 8 < p.N)
-                p.y[static_cast<int64_t>(token) * p.N + row + lower * 8] = narrow<T>(sums[i] + bias[lower]);
+            for (int i = 0; i < static_cast<int>(sizeof(finished) / sizeof(float)); i++) {
+                const int token = first_token + i / 4 * 8 + quad * 2 + i % 2, lower_row = i % 4 / 2;
+                if (token < p.M && row + lower_row * 8 < p.N)
+                    p.y[static_cast<int64_t>(token) * p.N + row + lower_row * 8] =
+                        narrow<T>(finished[i] + bias[lower_row]);
+            }
+        };
+        if (ranks > 1) {
+            float finished[SHAPE::SHARE];
+            exchange(sums, own_ring + ring.fill, finished);  // the slot to fill next is free
+            store(finished, rank * (SHAPE::TOKENS / 2));
+        } else {
+            store(sums, 0);
         }
     }
     wait_copies<0>();

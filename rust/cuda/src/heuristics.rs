@@ -84,9 +84,8 @@ pub fn worthwhile(product: &Product) -> bool {
 pub fn plan(product: &Product, target: &Target) -> Plan {
     match product.tokens {
         0..=8 => one_token_tile(product, target),
-        9..=32 if vocabulary_sized(product, target) => resident(product, target),
-        9..=16 => two_token_tiles(product, target),
-        17..=32 => four_token_tiles(product, target),
+        9..=16 => resident(product, target).unwrap_or_else(|| two_token_tiles(product, target)),
+        17..=32 => resident(product, target).unwrap_or_else(|| four_token_tiles(product, target)),
         _ if target.sm == 90 => tiled(
             match product.tokens {
                 0..=64 => &WGMMA_64,
@@ -188,36 +187,34 @@ fn four_token_tiles(product: &Product, target: &Target) -> Plan {
 }
 
 /// From so many rows on, loading all tokens into shared memory once costs less than loading them again for every few rows.
-/// 128256 x 4096, 16 tokens: 119, `SIXTEEN_TOKENS` 142; 32 tokens: 177, `THIRTY_TWO_TOKENS` 212; 28672 x 8192: 67 and 63, 101
-/// and 90.
-const VOCABULARY: u64 = 65_536;
+/// 128256 x 4096, 16 tokens: 120, `SIXTEEN_TOKENS` 142; 28672 x 8192: 67 and 62. 32 tokens, 28672 x 4096: 39,
+/// `THIRTY_TWO_TOKENS` 47; 22016 x 4096: 40.3 and 41.6; 14336 x 4096: 25.2 and 24.2.
+const RESIDENT_ROWS_16: u64 = 65_536;
+const RESIDENT_ROWS_32: u64 = 22_016;
 
-fn vocabulary_sized(product: &Product, target: &Target) -> bool {
-    target.sm == 90
-        && product.rows >= VOCABULARY
-        && product.columns.is_multiple_of(2 * 64)
-        && resident(product, target).grid.2 <= 2
-}
-
-/// `linear_4bit_sm90`: see `ResidentShape` there. As few CTAs share K as have room for their columns of all tokens.
-fn resident(product: &Product, target: &Target) -> Plan {
-    let (entry, tokens) = if product.tokens <= 16 { ("n16_s3", 16) } else { ("n32_s3", 32) };
+/// `linear_4bit_sm90`: see `ResidentShape` there. Two CTAs share K where one has no room for its columns of all tokens.
+fn resident(product: &Product, target: &Target) -> Option<Plan> {
+    let (entry, tokens, least_rows) =
+        if product.tokens <= 16 { ("n16_s3", 16, RESIDENT_ROWS_16) } else { ("n32_s3", 32, RESIDENT_ROWS_32) };
+    if target.sm != 90 || product.rows < least_rows || !product.columns.is_multiple_of(2 * 64) {
+        return None;
+    }
     let warps = 16;
-    let chunks = u32::try_from(product.columns / 128).unwrap_or(u32::MAX);
+    let stage = 1024 + if tokens > 16 { 0 } else { 128 };
+    let chunks = u32::try_from(product.columns / 128).ok()?;
     let shared_bytes = |ranks: u32| {
-        let sent = (tokens / 2 / ranks).min(4);
-        let received = warps * (ranks - 1) * sent * 128;
+        let exchange = if ranks > 1 { warps * (tokens * 32 + 16) } else { 0 };
         let columns = chunks.div_ceil(ranks).saturating_mul(2 * 128 * tokens);
-        columns.saturating_add(TABLES + warps * 3 * 1152 + received + warps * 16)
+        columns.saturating_add(TABLES + warps * 3 * stage + exchange)
     };
-    let ranks = [1, 2, 4].into_iter().find(|&ranks| shared_bytes(ranks) <= target.shared_bytes).unwrap_or(8);
-    Plan {
+    let ranks = [1, 2].into_iter().find(|&ranks| shared_bytes(ranks) <= target.shared_bytes)?;
+    Some(Plan {
         file: "linear_4bit_sm90",
         entry,
         grid: (target.sms / ranks, 1, ranks),
         threads: 32 * warps,
         shared_bytes: shared_bytes(ranks),
-    }
+    })
 }
 
 /// A configuration of `gemm_4bit` or `gemm_4bit_sm90`: 128 rows by `tokens`.
@@ -292,6 +289,8 @@ mod tests {
         assert_eq!(launch(32, 28672, 8192), ("t7_n4_w8_c2", (264, 1, 1)));
         assert_eq!(launch(16, 128_256, 4096), ("n16_s3", (132, 1, 1)));
         assert_eq!(launch(32, 128_256, 4096), ("n32_s3", (66, 1, 2)));
+        assert_eq!(launch(32, 28672, 4096), ("n32_s3", (66, 1, 2)));
+        assert_eq!(launch(32, 128_256, 2048), ("n32_s3", (132, 1, 1)));
         assert_eq!(launch(32, 128_256, 8192).0, "t7_n4_w8_c2");
         assert_eq!(launch(64, 14336, 4096), ("n64_s4", (1, 112, 2)));
         assert_eq!(launch(64, 4096, 14336), ("n64_s4", (1, 32, 6)));

@@ -9,7 +9,8 @@
 // Its warps take chunks in turn: a warp keeps its chunk's tokens in registers, walks over the row tiles, and keeps one
 // accumulator a tile; so there is no barrier until the warps' sums are added, in the order of the warps, at the end.
 // Packed bytes stream through a ring of STAGES a warp, which is what keeps enough of them on the way to fill the memory
-// bus: rows are read in pieces of 64 or 128 bytes, and no repacking is needed.
+// bus: rows are read in pieces of 64 or 128 bytes, and no repacking is needed. Where a chunk's tokens fill the registers,
+// those of the next chunk wait in shared memory.
 // Bytes moved: the packed weight and its scales once; x once per CTA (from the L2).
 // Called by rust/cuda/src/linear_4bit.rs, with what rust/cuda/src/heuristics.rs chose.
 #pragma once
@@ -35,9 +36,18 @@ template <int ROW_TILES_, int TOKEN_TILES_, int WARPS_, int BLOCKS_> struct Smal
     static constexpr int STAGE_BYTES = CODE_BYTES + 16 * 4 * BLOCKS;
     static constexpr int MAP_BYTES = 256 * 4;
     static constexpr int SCALES_PER_LANE = 16 * BLOCKS / 32;
-    // How many stages ahead of its use a scale is loaded: two where a stage's products are too many for registers to
-    // matter, one where instructions are what is short.
-    static constexpr int SCALES_AHEAD = TOKEN_TILES > 1 ? STAGES - 1 : 1;
+    // Whether a slot is refilled as soon as its product is done, so that all others are on the way meanwhile, or the one
+    // before it when its product begins, so that the instructions of both overlap. 28672 x 8192 on an H100, microseconds:
+    // one token 44.8 and 44.2, 32 tokens 83.5 and 86.3.
+    static constexpr bool REFILLS_AFTER = TOKEN_TILES > 2;
+    static constexpr int AHEAD = REFILLS_AFTER ? STAGES : STAGES - 1;  // stages issued before the first product
+    // Whether the next chunk's tokens pass through shared memory; 16 tokens before sm_90 are too many for it.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    static constexpr bool STAGES_TOKENS = TOKEN_TILES > 1;
+#else
+    static constexpr bool STAGES_TOKENS = TOKEN_TILES > 2;
+#endif
+    static constexpr int TOKEN_BYTES = STAGES_TOKENS ? TOKENS * BLOCKS * 128 : 0;  // of a warp
     // Pairs of rows that a warp's worth of threads, or two, or half of one, write in a row at the end.
     static constexpr int PAIRS = ROW_TILES > 4 ? 64 : 8 * ROW_TILES;
     // Partial sums lie as [token][row]; the pitch keeps the stores of a fragment free of bank conflicts.
@@ -46,10 +56,12 @@ template <int ROW_TILES_, int TOKEN_TILES_, int WARPS_, int BLOCKS_> struct Smal
     static_assert(BLOCKS == 2 || BLOCKS == 4, "a scale or two a lane");
 };
 
-// Dynamic shared memory of a launch: the pair table, the dynamic map, the larger of the rings and the warps' sums, and
-// one more slice of sums where there is a low-rank term. rust/cuda/src/heuristics.rs holds the same formula.
+// Dynamic shared memory of a launch: the pair table, the dynamic map, the larger of the rings (with the tokens behind
+// them) and the warps' sums, and one more slice of sums where there is a low-rank term. rust/cuda/src/heuristics.rs holds
+// the same formula.
 template <typename SHAPE> struct SmallMemory {
-    static constexpr int RINGS = SHAPE::WARPS * SHAPE::STAGES * SHAPE::STAGE_BYTES;
+    static constexpr int CODES = SHAPE::WARPS * SHAPE::STAGES * SHAPE::STAGE_BYTES;
+    static constexpr int RINGS = CODES + SHAPE::WARPS * SHAPE::TOKEN_BYTES;
     static constexpr int SUMS = SHAPE::WARPS * SHAPE::SLICE * 4;
     static constexpr int LORA = PAIR_TABLE_BYTES + SHAPE::MAP_BYTES + (RINGS > SUMS ? RINGS : SUMS);
 };
@@ -77,56 +89,91 @@ __device__ __forceinline__ void lora_tile(const Linear4bit<T>& p, int tile0, int
 }
 
 // A warp's ring of stages: the codes of 16 rows x BLOCKS blocks by asynchronous copies, their scales through registers.
+// Stages are issued tiles inner and chunks outer.
 template <typename SHAPE> struct WeightRing {
+    static constexpr int PIECES = 2 * SHAPE::BLOCKS;  // 16-byte pieces of a row
+    static constexpr int ROWS = 32 / PIECES;          // rows that the lanes copy at once
+    static constexpr int PER_LANE = SHAPE::SCALES_PER_LANE;
     const uint8_t* codes;
     BlockScales scales;
-    char* ring;
     int first_tile, tiles, rows, row_bytes, blocks64, chunks;
-    int chunk, tile, slot;                                      // of the next stage
-    RawScale raw[SHAPE::SCALES_AHEAD][SHAPE::SCALES_PER_LANE];  // of the stages issued last, the oldest first
+    int chunk, tile = 0;         // of the next stage
+    uint32_t fill = 0;           // offset of the next stage's slot
+    uint32_t copy_to, scale_to;  // shared addresses in the first slot: of what the lane copies, of its scales
+    const uint8_t* from;         // what the lane copies next in its first row
+    int rows_below;              // rows of the weight below that one; negative beyond the last
+    int scale_index[PER_LANE], scale_step, last_scale;
 
-    // Issues the next stage, tiles inner and chunks outer. Addresses past the last row or column are clamped: such rows
-    // are not stored, such columns meet x = 0.
-    __device__ __forceinline__ void issue() {
-#pragma unroll
-        for (int s = 0; s < SHAPE::SCALES_AHEAD - 1; s++)
-#pragma unroll
-            for (int i = 0; i < SHAPE::SCALES_PER_LANE; i++) raw[s][i] = raw[s + 1][i];
-        if (chunk < chunks) {
-            const int lane = threadIdx.x % 32;
-            constexpr int PIECES = 2 * SHAPE::BLOCKS;  // 16-byte pieces of a row; 32 / PIECES rows at once
-            const int row0 = (first_tile + tile) * 16, last_row = rows - 1 - row0, lane_row = lane / PIECES;
-            const int column = min(chunk * (32 * SHAPE::BLOCKS) + lane % PIECES * 16, row_bytes - 16);
-            const uint8_t* from = at_row(codes + column, row0, row_bytes);
-            // The permutation is the same for all of a lane's rows.
-            const uint32_t to = shared_address(ring) + slot * SHAPE::STAGE_BYTES + lane_row * (32 * SHAPE::BLOCKS) +
-                                swizzled_block<SHAPE::BLOCKS>(lane % PIECES / 2, lane_row) * 32 + lane % 2 * 16;
-#pragma unroll
-            for (int i = 0; i < SHAPE::BLOCKS; i++)
-                copy_16(to + i * 512, at_row(from, min(i * (32 / PIECES) + lane_row, last_row), row_bytes));
-            const int row = min(row0 + lane / 2, rows - 1);
-            const int block = chunk * SHAPE::BLOCKS + lane % 2 * SHAPE::SCALES_PER_LANE;
-#pragma unroll
-            for (int i = 0; i < SHAPE::SCALES_PER_LANE; i++)
-                raw[SHAPE::SCALES_AHEAD - 1][i] = scales.load(row, min(block + i, blocks64 - 1));
-            if (++tile == tiles) {
-                tile = 0;
-                chunk += SHAPE::WARPS;
-            }
-        }
-        slot = slot + 1 == SHAPE::STAGES ? 0 : slot + 1;
-        commit_copies();
+    // `ring` is a shared address, a multiple of 128; `chunk` is the warp's first.
+    template <typename T>
+    __device__ __forceinline__ WeightRing(const Linear4bit<T>& p, const BlockScales& scales, uint32_t ring,
+                                          int first_tile, int tiles, int chunk)
+        : codes(p.codes), scales(scales), first_tile(first_tile), tiles(tiles), rows(p.N), row_bytes(p.K / 2),
+          blocks64(p.K / 64), chunk(chunk) {
+        const int lane = threadIdx.x % 32, row = lane / PIECES;
+        chunks = tiles > 0 ? (blocks64 + SHAPE::BLOCKS - 1) / SHAPE::BLOCKS : 0;
+        // The permutation is the same for all of a lane's rows.
+        copy_to = hold(ring + row * (32 * SHAPE::BLOCKS) +
+                       swizzled_block<SHAPE::BLOCKS>(lane % PIECES / 2, row) * 32 + lane % 2 * 16);
+        scale_to = hold(ring + SHAPE::CODE_BYTES + lane * (4 * PER_LANE));
+        scale_step = hold(16 * scales.blocks_per_row);
+        last_scale = rows * scales.blocks_per_row - 1;
+        start_chunk();
     }
 
-    // Decodes the oldest scales into their stage: SCALES_AHEAD before the one to fill next.
-    __device__ __forceinline__ void store_scales() { store_scales(slot - SHAPE::SCALES_AHEAD, raw[0]); }
-
-    __device__ __forceinline__ void store_scales(int stage, const RawScale (&from)[SHAPE::SCALES_PER_LANE]) {
-        const int lane = threadIdx.x % 32;
-        if (stage < 0) stage += SHAPE::STAGES;
-        float* to = reinterpret_cast<float*>(ring + stage * SHAPE::STAGE_BYTES + SHAPE::CODE_BYTES);
+    // Columns past the last are clamped: they meet x = 0.
+    __device__ __forceinline__ void start_chunk() {
+        const int lane = threadIdx.x % 32, row = first_tile * 16 + lane / PIECES;
+        const int column = min(chunk * (32 * SHAPE::BLOCKS) + lane % PIECES * 16, row_bytes - 16);
+        from = codes + static_cast<int64_t>(row) * row_bytes + column;
+        rows_below = rows - 1 - row;
+        const int block = chunk * SHAPE::BLOCKS + lane % 2 * PER_LANE;
 #pragma unroll
-        for (int i = 0; i < SHAPE::SCALES_PER_LANE; i++) to[lane * SHAPE::SCALES_PER_LANE + i] = scales.decode(from[i]);
+        for (int i = 0; i < PER_LANE; i++)
+            scale_index[i] = (first_tile * 16 + lane / 2) * scales.blocks_per_row +
+                             (min(block + i, blocks64 - 1) >> scales.shift);
+    }
+
+    // Issues the next stage; `raw` gets the lane's scales of it. Rows past the last are clamped: they are not stored.
+    __device__ __forceinline__ void issue(RawScale (&raw)[PER_LANE]) {
+        if (chunk < chunks) {
+#pragma unroll
+            for (int i = 0; i < SHAPE::BLOCKS; i++)
+                copy_16(copy_to + fill + i * 512, below(from, min(i * ROWS, rows_below), row_bytes));
+#pragma unroll
+            for (int i = 0; i < PER_LANE; i++) raw[i] = scales.load_at(min(scale_index[i], last_scale));
+            if (++tile < tiles) {
+                from += 16 * row_bytes;
+                rows_below -= 16;
+#pragma unroll
+                for (int i = 0; i < PER_LANE; i++) scale_index[i] += scale_step;
+            } else {
+                tile = 0;
+                chunk += SHAPE::WARPS;
+                start_chunk();
+            }
+        }
+        commit_copies();
+        fill = fill == LAST_SLOT ? 0 : fill + SHAPE::STAGE_BYTES;
+    }
+
+    // Decodes the scales of the stage whose slot is at `slot`.
+    __device__ __forceinline__ void store_scales(uint32_t slot, const RawScale (&raw)[PER_LANE]) const {
+#pragma unroll
+        for (int i = 0; i < PER_LANE; i++) store_shared(scale_to + slot + i * 4, scales.decode(raw[i]));
+    }
+    // The same for the stage issued last.
+    __device__ __forceinline__ void store_last_scales(const RawScale (&raw)[PER_LANE]) const {
+        store_scales(fill == 0 ? LAST_SLOT : fill - SHAPE::STAGE_BYTES, raw);
+    }
+
+  private:
+    static constexpr uint32_t LAST_SLOT = (SHAPE::STAGES - 1) * SHAPE::STAGE_BYTES;
+
+    static __device__ __forceinline__ const uint8_t* below(const uint8_t* base, int rows, int pitch) {
+        const uint8_t* at;
+        asm("mad.wide.s32 %0, %1, %2, %3;" : "=l"(at) : "r"(rows), "r"(pitch), "l"(base));
+        return at;
     }
 };
 
@@ -151,34 +198,63 @@ template <typename T, typename SHAPE> struct TokenChunk {
                 }
             }
     }
+
+    // Waits for what `load` began. Otherwise every product would: it would wait for a counter of loads that these share
+    // with the scales', which have just been asked for. `zero` is 0 in a way that the compiler cannot know.
+    __device__ __forceinline__ void settle(uint32_t zero) {
+#pragma unroll
+        for (int b = 0; b < SHAPE::BLOCKS; b++)
+#pragma unroll
+            for (int n = 0; n < SHAPE::TOKEN_TILES; n++)
+#pragma unroll
+                for (uint4* four : {&low[b][n], &high[b][n]})
+                    four->x ^= zero, four->y ^= zero, four->z ^= zero, four->w ^= zero;
+    }
 };
 
-template <typename T, int N> __device__ __forceinline__ void load_floats(float (&to)[N], const T* from) {
-    if (N == 4) {
-        const float4 four = *reinterpret_cast<const float4*>(from);
-        to[0] = four.x, to[1] = four.y, to[N - 2] = four.z, to[N - 1] = four.w;
-    } else {
-        const float2 two = *reinterpret_cast<const float2*>(from);
-        to[0] = two.x, to[1] = two.y;
-    }
-}
+// A chunk of tokens on its way through shared memory: [token][BLOCKS * 64], zeros past the last, whose 16-byte piece p
+// lies at p ^ (token & 1), which keeps the reads of a fragment free of bank conflicts.
+template <typename T, typename SHAPE> struct TokenStage {
+    static constexpr int ROW_BYTES = SHAPE::BLOCKS * 128, PIECES = ROW_BYTES / 16;
 
-// One stage: 16 rows x BLOCKS blocks times all tokens, added to the row tile's accumulators.
+    static __device__ __forceinline__ void issue(uint32_t to, const Linear4bit<T>& p, int chunk) {
+        const int lane = threadIdx.x % 32, column = chunk * (SHAPE::BLOCKS * 64) + lane % PIECES * 8;
+        const T* from = p.x + (column < p.K ? column : 0);
+#pragma unroll
+        for (int i = 0; i < SHAPE::TOKENS * PIECES / 32; i++) {
+            const int token = i * (32 / PIECES) + lane / PIECES;
+            copy_16_or_zeros(to + token * ROW_BYTES + (lane % PIECES ^ (token & 1)) * 16,
+                             from + static_cast<int64_t>(min(token, p.M - 1)) * p.K, token < p.M && column < p.K);
+        }
+    }
+
+    static __device__ __forceinline__ void take(const char* stage, TokenChunk<T, SHAPE>& tokens) {
+        const int group = threadIdx.x % 32 / 4, quad = threadIdx.x % 4;
+#pragma unroll
+        for (int b = 0; b < SHAPE::BLOCKS; b++)
+#pragma unroll
+            for (int n = 0; n < SHAPE::TOKEN_TILES; n++) {
+                const uint4* row = reinterpret_cast<const uint4*>(stage + (n * 8 + group) * ROW_BYTES);
+                tokens.low[b][n] = row[(b * 8 + quad * 2) ^ (group & 1)];
+                tokens.high[b][n] = row[(b * 8 + quad * 2 + 1) ^ (group & 1)];
+            }
+    }
+};
+
+// One stage: 16 rows x BLOCKS blocks times all tokens, added to the row tile's accumulators. Shared addresses: `codes`,
+// of the lane's 8 bytes of block 0 in its upper row; `scales`, of that row's.
 template <typename T, typename SHAPE>
-__device__ __forceinline__ void multiply_stage(const char* stage, const PairTable& table,
+__device__ __forceinline__ void multiply_stage(uint32_t codes, uint32_t scales, const PairTable& table,
                                                const TokenChunk<T, SHAPE>& tokens,
                                                float (&sums)[SHAPE::TOKEN_TILES][4]) {
-    const int group = threadIdx.x % 32 / 4, quad = threadIdx.x % 4;
-    const float* scales = reinterpret_cast<const float*>(stage + SHAPE::CODE_BYTES);
     float upper_scale[SHAPE::BLOCKS], lower_scale[SHAPE::BLOCKS];
-    load_floats(upper_scale, scales + group * SHAPE::BLOCKS);
-    load_floats(lower_scale, scales + (group + 8) * SHAPE::BLOCKS);
+    load_shared_floats(upper_scale, scales);
+    load_shared_floats(lower_scale, scales + 8 * 4 * SHAPE::BLOCKS);
 #pragma unroll
     for (int b = 0; b < SHAPE::BLOCKS; b++) {
         // Rows group and group + 8 share the permutation.
-        const char* at = stage + group * (32 * SHAPE::BLOCKS) + swizzled_block<SHAPE::BLOCKS>(b, group) * 32 + quad * 8;
-        const uint2 upper_codes = *reinterpret_cast<const uint2*>(at);
-        const uint2 lower_codes = *reinterpret_cast<const uint2*>(at + 8 * 32 * SHAPE::BLOCKS);
+        const uint32_t at = codes ^ b * 32;
+        const uint2 upper_codes = load_shared_8(at), lower_codes = load_shared_8(at + 8 * 32 * SHAPE::BLOCKS);
         uint32_t upper[8], lower[8];
         table.decode(upper_codes, upper);
         table.decode(lower_codes, lower);
@@ -217,48 +293,76 @@ __device__ __forceinline__ void linear_4bit(const Linear4bit<T>& p, const Codebo
     const int blocks_per_row = (p.K + (1 << p.block_shift) - 1) >> p.block_shift;
     const float offset = nested ? __ldg(p.scales.offset) : 0.f;
     const BlockScales scales = {p.scales, offset, map, blocks_per_row, p.block_shift - 6};
-    char* own_ring = rings + warp * (SHAPE::STAGES * SHAPE::STAGE_BYTES);
-    const int own_chunks = tiles > 0 ? chunks : 0;
-    WeightRing<SHAPE> ring = {p.codes,  scales,     own_ring, first_tile, tiles, p.N, p.K / 2,
-                              blocks64, own_chunks, warp,     0,          0,     {}};
-    static_assert(SHAPE::STAGES == 3, "two stages are issued here");
-    ring.issue();
-    RawScale first[SHAPE::SCALES_PER_LANE];
+    const uint32_t own_ring = shared_address(rings) + warp * (SHAPE::STAGES * SHAPE::STAGE_BYTES);
+    const uint32_t codes_at = hold(own_ring + group * (32 * SHAPE::BLOCKS) +
+                                   swizzled_block<SHAPE::BLOCKS>(0, group) * 32 + quad * 8);
+    const uint32_t scales_at = hold(own_ring + SHAPE::CODE_BYTES + group * (4 * SHAPE::BLOCKS));
+    WeightRing<SHAPE> ring(p, scales, own_ring, first_tile, tiles, warp);
+    // Each stage its own, or their loads would wait for each other; defined also where there are fewer stages.
+    RawScale raw[SHAPE::AHEAD][SHAPE::SCALES_PER_LANE] = {};
 #pragma unroll
-    for (int i = 0; i < SHAPE::SCALES_PER_LANE; i++) first[i] = ring.raw[SHAPE::SCALES_AHEAD - 1][i];
-    ring.issue();
+    for (int s = 0; s < SHAPE::AHEAD; s++) ring.issue(raw[s]);
+    RawScale(&last)[SHAPE::SCALES_PER_LANE] = raw[SHAPE::AHEAD - 1];
     write_pair_table<T, SHAPE::THREADS>(table_memory, codebook);
     if (nested) load_dynamic_map(map);
     __syncthreads();
-    if (SHAPE::SCALES_AHEAD == 1) ring.store_scales(0, first);
+#pragma unroll
+    for (int s = 0; s < SHAPE::AHEAD - 1; s++) ring.store_scales(s * SHAPE::STAGE_BYTES, raw[s]);
     const PairTable table(table_memory);
 
     wait_for_previous_kernels();
-    TokenChunk<T, SHAPE> tokens;
-    if (warp < chunks) tokens.load(p, warp);
+    // Where registers allow, the next chunk's tokens are on the way while this one's are multiplied.
+    constexpr bool PREFETCHES = SHAPE::BLOCKS * SHAPE::TOKEN_TILES <= 2;
+    TokenChunk<T, SHAPE> tokens, next;
+    const uint32_t zero = static_cast<uint32_t>(p.M) >> 31;
+    auto load_tokens = [&](int chunk) {
+        tokens.load(p, chunk);
+        if (PREFETCHES) next.load(p, chunk + SHAPE::WARPS);
+        wait_copies<SHAPE::AHEAD - 1>();  // of the chunk's first stage: all are waited for at once
+        tokens.settle(zero);
+    };
+    load_tokens(warp);
+    char* token_stage = rings + SmallMemory<SHAPE>::CODES + warp * SHAPE::TOKEN_BYTES;
     // The term of rank r waits in its own slice, beyond the rings.
     float* lora_slice = reinterpret_cast<float*>(shared + SmallMemory<SHAPE>::LORA);
     if (p.lora.xa != nullptr)
         for (int tile = warp; tile < tiles; tile += SHAPE::WARPS) lora_tile<T, SHAPE>(p, first_tile, tile, lora_slice);
 
     float sums[SHAPE::ROW_TILES][SHAPE::TOKEN_TILES][4] = {};
-    // Where registers allow, the next chunk's tokens are on the way while this one's are multiplied.
-    constexpr bool AHEAD = SHAPE::BLOCKS * SHAPE::TOKEN_TILES <= 2;
     for (int chunk = warp; chunk < chunks; chunk += SHAPE::WARPS) {
-        TokenChunk<T, SHAPE> next;
-        if (AHEAD && chunk + SHAPE::WARPS < chunks) next.load(p, chunk + SHAPE::WARPS);
-        if (!AHEAD && chunk != warp) tokens.load(p, chunk);
+        if (SHAPE::STAGES_TOKENS) {
+            if (chunk != warp) {
+                // They were issued with the first stage of the chunk before.
+                if (tiles >= SHAPE::AHEAD) wait_copies<SHAPE::AHEAD - 1>();
+                else wait_copies<0>();
+                __syncwarp();
+                TokenStage<T, SHAPE>::take(token_stage, tokens);
+                __syncwarp();
+            }
+            if (chunk + SHAPE::WARPS < chunks)
+                TokenStage<T, SHAPE>::issue(shared_address(token_stage), p, chunk + SHAPE::WARPS);
+        } else if (!PREFETCHES && chunk != warp) {
+            load_tokens(chunk);
+        }
 #pragma unroll
         for (int tile = 0; tile < SHAPE::ROW_TILES; tile++)
             if (tile < tiles) {
-                ring.store_scales();
-                wait_copies<SHAPE::STAGES - 2>();
-                __syncwarp();  // everyone's copies and scales have landed, and the slot to refill is read
-                ring.issue();
-                // STAGES - 1 are on the way, so the slot to fill next is the one that has landed.
-                multiply_stage<T, SHAPE>(ring.ring + ring.slot * SHAPE::STAGE_BYTES, table, tokens, sums[tile]);
+                if (!SHAPE::REFILLS_AFTER) ring.store_last_scales(last);
+                wait_copies<SHAPE::AHEAD - 1>();
+                __syncwarp();  // everyone's copies and scales have landed, and the slot before is read
+                if (!SHAPE::REFILLS_AFTER) ring.issue(last);
+                // The slot to fill next is the oldest.
+                multiply_stage<T, SHAPE>(codes_at + ring.fill, scales_at + ring.fill, table, tokens, sums[tile]);
+                if (SHAPE::REFILLS_AFTER) {
+                    __syncwarp();  // the slot is read
+                    ring.store_last_scales(last);
+                    ring.issue(last);
+                }
             }
-        if (AHEAD) tokens = next;
+        if (PREFETCHES) {
+            tokens = next;
+            next.load(p, chunk + 2 * SHAPE::WARPS);
+        }
     }
     wait_copies<0>();
     __syncthreads();

@@ -124,8 +124,11 @@ const THIRTY_TWO_TOKENS: Small =
     Small { file: "linear_4bit_wide", entry: "t7_n4_w8_c2", row_tiles: 7, token_tiles: 4, warps: 8, blocks: 2 };
 
 impl Small {
-    fn on(&self, ctas: u32, product: &Product) -> Plan {
-        let rings = self.warps * 3 * 16 * 36 * self.blocks;
+    fn on(&self, ctas: u32, product: &Product, target: &Target) -> Plan {
+        // Below 9.0 the kernels keep 16 tokens in registers.
+        let stages_tokens = self.token_tiles > if target.sm >= 90 { 1 } else { 2 };
+        let staged_tokens = if stages_tokens { self.warps * self.token_tiles * 8 * 128 * self.blocks } else { 0 };
+        let rings = self.warps * 3 * 16 * 36 * self.blocks + staged_tokens;
         let slice = self.token_tiles * 8 * (16 * self.row_tiles + 4) * 4;
         Plan {
             file: self.file,
@@ -145,50 +148,54 @@ fn row_tiles(product: &Product) -> u32 {
 fn one_token_tile(product: &Product, target: &Target) -> Plan {
     let tiles = row_tiles(product);
     if tiles <= target.sms {
-        return FEW_ROWS.on(tiles, product); // 1024 x 4096: 2.7, SOME_ROWS 3.0
+        return FEW_ROWS.on(tiles, product, target); // 1024 x 4096: 2.7, SOME_ROWS 3.0
     }
     if tiles <= 2 * target.sms {
         return match (product.columns > 8192, product.tokens > 4) {
-            (false, _) => SOME_ROWS.on(target.sms, product), // 4096 x 4096: 5.6, a tile a CTA 5.9
-            (true, false) => SOME_ROWS.on(tiles, product),   // 4096 x 14336: 14.0, FEW_ROWS 15.9
-            (true, true) => FEW_ROWS.on(target.sms, product), // 4096 x 14336: 17.6, SOME_ROWS 18.8
+            (false, _) => SOME_ROWS.on(target.sms, product, target), // 4096 x 4096: 5.6, a tile a CTA 5.9
+            (true, false) => SOME_ROWS.on(tiles, product, target),   // 4096 x 14336: 14.0, FEW_ROWS 15.9
+            (true, true) => FEW_ROWS.on(target.sms, product, target), // 4096 x 14336: 15.9, SOME_ROWS 18.8
         };
     }
     if tiles <= SOME_ROWS.row_tiles * 2 * target.sms {
-        return SOME_ROWS.on(2 * target.sms, product); // 14336 x 4096: 13.8, MANY_ROWS 14.4
+        return SOME_ROWS.on(2 * target.sms, product, target); // 14336 x 4096: 12.5, MANY_ROWS 13.5
     }
-    MANY_ROWS.on(tiles.div_ceil(MANY_ROWS.row_tiles), product) // 28672 x 8192: 48.7, SOME_ROWS 52
+    MANY_ROWS.on(tiles.div_ceil(MANY_ROWS.row_tiles), product, target) // 28672 x 8192: 44.2, SOME_ROWS 51
 }
 
 fn two_token_tiles(product: &Product, target: &Target) -> Plan {
     let tiles = row_tiles(product);
     // 4096 x 4096: 7.7, MANY_ROWS 8.6; 1024 x 4096: 6.5 and 5.4
     if (target.sms + 1..=2 * target.sms).contains(&tiles) && product.columns <= 8192 {
-        return SIXTEEN_TOKENS.on(target.sms, product);
+        return SIXTEEN_TOKENS.on(target.sms, product, target);
     }
-    // Whole waves of one CTA an SM. 14336 x 4096: 17.3, SIXTEEN_TOKENS 18.3; 4096 x 14336: 23.7 and 25.6;
-    // 28672 x 8192: 65.3 and 70.8
+    // Whole waves of one CTA an SM. 14336 x 4096: 15.7, SIXTEEN_TOKENS 18.3; 4096 x 14336: 18.5 and 25.6;
+    // 28672 x 8192: 59.4 and 70.8
     let waves = tiles.div_ceil(SIXTEEN_TOKENS_MANY_ROWS.row_tiles).next_multiple_of(target.sms).min(tiles);
-    let plan = SIXTEEN_TOKENS_MANY_ROWS.on(waves, product);
+    let plan = SIXTEEN_TOKENS_MANY_ROWS.on(waves, product, target);
     // 128256 x 4096: 141, MANY_ROWS 150
     if waves <= 4 * target.sms && plan.shared_bytes <= target.shared_bytes {
         return plan;
     }
     let ctas = tiles.div_ceil(SIXTEEN_TOKENS.row_tiles);
-    SIXTEEN_TOKENS.on(if ctas <= 2 * target.sms { ctas } else { ctas.next_multiple_of(2 * target.sms) }, product)
+    SIXTEEN_TOKENS.on(
+        if ctas <= 2 * target.sms { ctas } else { ctas.next_multiple_of(2 * target.sms) },
+        product,
+        target,
+    )
 }
 
 fn four_token_tiles(product: &Product, target: &Target) -> Plan {
     let tiles = row_tiles(product);
-    // Whole waves of one CTA an SM. 14336 x 4096: 26.1, MMA_64 about 31; 28672 x 8192: 96.5, about 119
+    // Whole waves of one CTA an SM. 14336 x 4096: 22.2, MMA_64 about 31; 28672 x 8192: 83.5, about 119
     let ctas = tiles.div_ceil(THIRTY_TWO_TOKENS.row_tiles).next_multiple_of(target.sms).min(tiles);
-    let plan = THIRTY_TWO_TOKENS.on(ctas, product);
+    let plan = THIRTY_TWO_TOKENS.on(ctas, product, target);
     if plan.shared_bytes <= target.shared_bytes { plan } else { tiled(&MMA_64, product, target) }
 }
 
 /// From so many rows on, loading all tokens into shared memory once costs less than loading them again for every few rows.
-/// 128256 x 4096, 16 tokens: 120, `SIXTEEN_TOKENS` 142; 28672 x 8192: 67 and 62. 32 tokens, 28672 x 4096: 39,
-/// `THIRTY_TWO_TOKENS` 47; 22016 x 4096: 40.3 and 41.6; 14336 x 4096: 25.2 and 24.2.
+/// 128256 x 4096, 16 tokens: 120, `SIXTEEN_TOKENS` 142; 28672 x 8192: 67 and 59. 32 tokens, 28672 x 4096: 39,
+/// `THIRTY_TWO_TOKENS` 46; 22016 x 4096: 40.3 and 41.6; 14336 x 4096: 25.2 and 22.2.
 const RESIDENT_ROWS_16: u64 = 65_536;
 const RESIDENT_ROWS_32: u64 = 22_016;
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from operator import attrgetter
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from qlora_rs.checkpoint.plain import cast
 from qlora_rs.checkpoint.weights import open_weights
 from qlora_rs.errors import FormatError, UnsupportedError
-from qlora_rs.experts import PackedExperts
+from qlora_rs.experts import FUSED, PackedExperts
 from qlora_rs.linear import Linear4bit
 from qlora_rs.lora import LoraLinear, replace_module
 from qlora_rs.packed import FLOAT_DTYPES
@@ -138,12 +138,14 @@ def merge_adapter(
 
     for name, linear, _ in merged:
         replace_module(model, name, linear)
+    stacks = []
     for name, module in list(model.named_modules()):
         if isinstance(module, PackedExperts):
             replace_module(model, name, module.fused(attrgetter("weight")))
+            stacks += [f"{name}.{part}" for part in FUSED]
     for parameter, value in rest:
         parameter.data = value
-    _forget_quantization(model)
+    _forget_quantization(model, stacks)
     described = "the dequantized base" if base is None else f"the weights of {os.fspath(base)}"
     return MergeReport(tuple(row for _, _, row in merged), dtype, described)
 
@@ -168,11 +170,14 @@ def _refuse_shared(model: nn.Module, targets: Mapping[str, nn.Module]) -> None:
             )
 
 
-def _forget_quantization(model: nn.Module) -> None:
-    """Let transformers save and load it as the plain model that it is now."""
+def _forget_quantization(model: nn.Module, stacks: Sequence[str]) -> None:
+    """Let transformers save and load it as the plain model that it is now, with ``stacks`` of experts in floats."""
     config: Any = getattr(model, "config", None)
     if getattr(config, "quantization_config", None) is not None:
         del config.quantization_config
+    quantizer: Any = getattr(model, "hf_quantizer", None)
+    if hasattr(quantizer, "give_back"):
+        quantizer.give_back(model, stacks)
     for attribute in ("hf_quantizer", "is_quantized", "quantization_method"):
         if attribute in vars(model):
             delattr(model, attribute)

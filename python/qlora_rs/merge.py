@@ -14,7 +14,7 @@ from torch import Tensor
 from qlora_rs.adapter_merge import MergedLayer, MergeReport, check_dtype, merge_weight, relative_error
 from qlora_rs.adapters import CONFIG_FILE, WEIGHTS_FILE, adapter_delta, read_adapter
 from qlora_rs.checkpoint import CheckpointInfo, inspect
-from qlora_rs.checkpoint.choice import FLOAT_DTYPES, ExpertPlace, expert_places
+from qlora_rs.checkpoint.choice import FLOAT_DTYPES, ExpertPlace, expert_places, require_known_experts
 from qlora_rs.checkpoint.dequantized import READERS, open_float_source
 from qlora_rs.checkpoint.folder import resolve_destination
 from qlora_rs.checkpoint.journal import describe_command, describe_files
@@ -118,6 +118,8 @@ def merge(
     require_model(model_path)
     info = inspect(model_path)
     source = open_float_source(model_path) if info.seen_in_floats else open_source(model_path)
+    if info.format == "qlora_rs":
+        require_known_experts(source)
     notes = _check_model(info, base_path)
     config, pairs = read_adapter(adapter_path)
     adapted = _adapted_tensors(info, source, adapter_path, pairs)

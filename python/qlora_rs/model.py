@@ -89,8 +89,9 @@ def from_pretrained(
     transformers = require_extra("transformers", "transformers", "loading a model")
     from qlora_rs.integrations.transformers import QloraRsConfig
 
-    # transformers fuses experts while it loads them: what is packed has to be placed past it.
-    has_experts = any(".experts." in row.name for row in info.tensors)
+    # transformers fuses experts while it loads them: what is packed has to be placed past it. Some files call stacks of
+    # them by other names (Granite's).
+    has_experts = any(".experts." in row.name or len(row.shape) == 3 for row in info.tensors)
     if info.spec is not None:
         if spec is not None and spec != info.spec:
             raise ValueError(f"{folder} is packed as {info.spec.describe()}; it cannot be loaded as {spec.describe()}")

@@ -21,7 +21,7 @@ from qlora_rs.checkpoint.expert_names import expert_tensors
 from qlora_rs.checkpoint.renaming import Renamer
 from qlora_rs.checkpoint.source import CONFIG, Source, StoredTensor
 from qlora_rs.errors import FormatError, UnsupportedError, first_line, require_extra
-from qlora_rs.experts import logical_shape, why_not_packed
+from qlora_rs.experts import GATE_UP, logical_shape, why_not_packed
 from qlora_rs.selection import matches, select_linear
 
 FLOAT_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
@@ -263,6 +263,24 @@ def expert_places(source: Source) -> Callable[[str], ExpertPlace | None]:
         return ExpertPlace(stacked, number, transposed) if number < count else None
 
     return find
+
+
+def require_known_experts(source: Source) -> None:
+    """Raise UnsupportedError where a packed folder names experts as no plain model folder does, which transformers
+    would fill at random: save_pretrained once wrote those that were fused so.
+    """
+    names = [name for name in source.tensors if re.search(rf"\.\d+\.{GATE_UP}\.weight$", name)]
+    if not names:
+        return
+    try:
+        tensors = expert_tensors(names, meta_model(source))
+    except UnsupportedError:
+        return
+    if any(tensor.child == GATE_UP for tensor in tensors.values()):
+        raise UnsupportedError(
+            f"{source.path}: {names[0]!r} is a single expert's gate and up in one, which transformers knows in no "
+            "file: load the folder with qlora_rs.from_pretrained and save_pretrained it again, which stacks the experts"
+        )
 
 
 def _reason(name: str, tensor: StoredTensor, module: nn.Module) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from qlora_rs.checkpoint.choice import choose_tensors
+from qlora_rs.checkpoint.choice import choose_tensors, require_known_experts
 from qlora_rs.checkpoint.companions import companion_files
 from qlora_rs.checkpoint.compressed_tensors import METHOD
 from qlora_rs.checkpoint.dequantized import open_float_source
@@ -156,6 +156,8 @@ def convert(
     stored_spec = _stored_spec(info, to)
     _check_asked(info, to, spec, group_size)
     source = open_source(source_path) if stored_spec is not None else open_float_source(source_path)
+    if info.format == "qlora_rs":
+        require_known_experts(source)
     notes: list[str] = []
     if to == METHOD and info.format == "float":
         choice = choose_tensors(source)

@@ -6,8 +6,7 @@ loaded by then may be imported here at the top.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from operator import methodcaller
 from pathlib import Path
@@ -25,6 +24,7 @@ from qlora_rs.checkpoint.inspection import PackedLayout, packed_layouts
 from qlora_rs.checkpoint.source import FORMAT_VERSION, Source, StoredTensor, check_format_version, read_file
 from qlora_rs.errors import FormatError, QloraError, UnsupportedError
 from qlora_rs.experts import BIASES, DOWN, PackedExperts, has_biases, split_experts
+from qlora_rs.integrations.saving import SavedStacks, conversions_of, replace_conversions
 from qlora_rs.linear import Linear4bit
 from qlora_rs.lora import replace_module
 from qlora_rs.packed import PackedTensor
@@ -106,6 +106,8 @@ class QloraRsQuantizer(HfQuantizer):  # type: ignore[misc]
         super().__init__(quantization_config, **kwargs)
         self.spec = quantization_config.spec()
         self.has_adapters = False
+        # Undoes what `get_state_dict_and_metadata` changed in the model.
+        self._restore: Callable[[nn.Module], None] | None = None
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         """Refuse devices that have no kernels, before anything is loaded."""
@@ -199,17 +201,37 @@ class QloraRsQuantizer(HfQuantizer):  # type: ignore[misc]
                 "the model has adapters, which save_pretrained would mix into the base's files: save them with "
                 "qlora_rs.save_adapter (and give Trainer save_strategy='no'), or merge them first"
             )
-        stacks = _transposed_experts(model)
-        return (_stacked_state(model, stacks) if stacks else None), remarks(model)
+        self.restore_conversions(model)
+        stacks = SavedStacks(model)
+        if not stacks:
+            return None, stacks.remarks()
+        state, remarks = stacks.state(), stacks.remarks()
+        self._restore = replace_conversions(model, stacks.conversions)
+        return state, remarks
 
-    def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
+    def restore_conversions(self, model: Any) -> None:
+        """Let transformers take fused weights apart again when it saves the model, as it does for those in floats."""
+        if self._restore is not None:
+            self._restore(model)
+            self._restore = None
+
+    def give_back(self, model: Any, stacks: Sequence[str]) -> None:
+        """Let transformers save a model that is in floats again, and ``stacks`` that it has not loaded itself."""
+        self.restore_conversions(model)
+        if stacks:
+            replace_conversions(model, conversions_of(model, stacks))
+
+    def _dequantize(self, model: Any, dtype: torch.dtype | str | None = None) -> Any:
+        # What save_pretrained leaves in the config is the type's name.
+        target: torch.dtype | None = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+        self.restore_conversions(model)
         for name, module in list(model.named_modules()):
             if isinstance(module, PackedExperts):
-                replace_module(model, name, module.fused(methodcaller("dequantize", dtype)))
+                replace_module(model, name, module.fused(methodcaller("dequantize", target)))
         for name, module in list(model.named_modules()):
             if isinstance(module, Linear4bit):
                 linear = nn.Linear(module.in_features, module.out_features, bias=False, device="meta")
-                linear.weight = nn.Parameter(module.dequantize(dtype), requires_grad=False)
+                linear.weight = nn.Parameter(module.dequantize(target), requires_grad=False)
                 linear.bias = module.bias
                 replace_module(model, name, linear.train(module.training))
         return model
@@ -233,66 +255,6 @@ def require_device(device: object) -> None:
     name = "cuda" if isinstance(device, int) else str(device)
     if name != "disk" and torch.device(name).type not in ops.DEVICES:
         raise UnsupportedError(f"no kernels for {device!r}: this version computes on {', '.join(ops.DEVICES)}")
-
-
-def remarks(model: nn.Module) -> dict[str, str]:
-    """Metadata of packed weights: ``NAME.shape`` where codes cannot tell it (odd numbers of columns, flat ones), and
-    ``NAME.transposed`` of experts that the model in floats holds so.
-    """
-    shapes: dict[str, str] = {}
-    transposed: set[str] = set()
-    stacks = _transposed_experts(model)
-    stacked = tuple(f"{name}." for name in stacks)
-    for name, module in model.named_modules():
-        if isinstance(module, Linear4bit) and _is_odd(module) and not name.startswith(stacked):
-            shapes[f"{name}.weight"] = json.dumps([module.out_features, module.in_features])
-    for name, experts in stacks.items():
-        first: Any = experts[0]
-        for child, layer in first.items():
-            transposed.add(f"{name}.{child}")
-            if _is_odd(layer):
-                shapes[f"{name}.{child}"] = json.dumps([len(experts), layer.out_features, layer.in_features])
-    names = {*shapes, *transposed}
-    saved = _saved_names(model, names) if any(".experts." in name for name in names) else {}
-    found = {f"{saved.get(name, name)}.shape": shape for name, shape in shapes.items()}
-    return found | {f"{saved.get(name, name)}.transposed": "true" for name in sorted(transposed)}
-
-
-def _is_odd(layer: Linear4bit) -> bool:
-    """Whether the shape of its codes cannot tell the layer's."""
-    return layer.flat or (layer.spec.bits == 4 and layer.in_features % 2 == 1)
-
-
-def _transposed_experts(model: nn.Module) -> dict[str, PackedExperts]:
-    """The modules of experts whose weights are stacked in files, because transformers knows no other names for them."""
-    modules = model.named_modules()
-    return {name: module for name, module in modules if isinstance(module, PackedExperts) and module.transposed}
-
-
-def _stacked_state(model: nn.Module, stacks: Mapping[str, PackedExperts]) -> dict[str, Tensor]:
-    """The model's tensors with those of ``stacks`` as `quantize` writes them: a weight of all experts, and its bias."""
-    state: dict[str, Tensor] = model.state_dict()
-    for name, experts in stacks.items():
-        first: Any = experts[0]
-        for child, layer in first.items():
-            for part in [part for part, _ in layer.named_parameters()]:
-                tensors = [state.pop(f"{name}.{number}.{child}.{part}") for number in range(len(experts))]
-                stack = torch.stack(tensors)
-                if part == "bias":
-                    state[f"{name}.{BIASES[child]}"] = stack
-                else:
-                    end = part.removeprefix("weight")
-                    state[f"{name}.{child}{end}"] = stack.flatten() if end == "_absmax_offset" else stack
-    return state
-
-
-def _saved_names(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
-    """What transformers calls tensors in the files that it saves, which for some models is not their name."""
-    from transformers.core_model_loading import revert_weight_conversion
-
-    marks = {name: torch.empty(0, device="meta") for name in names}
-    saved = {id(mark): name for name, mark in revert_weight_conversion(model, marks).items()}
-    return {name: saved[id(mark)] for name, mark in marks.items() if id(mark) in saved}
 
 
 def _layouts_in_files(files: Sequence[str], spec: QuantSpec) -> dict[str, PackedLayout]:

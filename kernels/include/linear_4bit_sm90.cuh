@@ -34,7 +34,7 @@ template <int TOKENS_, int STAGES_> struct ResidentShape {
     static constexpr int SUMS = TOKENS / 2;              // of a thread: 64 x TOKENS over a warpgroup
     static constexpr int SHARE = SUMS / 2;               // of a thread, that each of two CTAs finishes
     static constexpr int CODE_BYTES = 16 * 32 * BLOCKS;  // of a stage: 16 rows x BLOCKS blocks of 64
-    // Scales go from lane to lane by shuffles where the tokens leave no room for them in the ring, which is quicker.
+    // Scales go through the ring, or from lane to lane by shuffles where the tokens leave no room for them there.
     static constexpr bool SHUFFLES_SCALES = TOKENS > 16;
     static constexpr int STAGE_BYTES = CODE_BYTES + (SHUFFLES_SCALES ? 0 : 16 * 4 * BLOCKS);
     static constexpr int RING_BYTES = STAGES * STAGE_BYTES;

@@ -2,6 +2,7 @@
 //!
 //! The rules were set by measurements on an H100 (132 SMs, 3.0 TB/s of copy), doubly quantized NF4, bf16, graph replay with
 //! dependent launch, weights rotated past the L2; microseconds stand beside the rule that they set.
+//! A figure of the choice that was not taken may be that of its kernel before its last change.
 
 /// What decides: the shape of `y[M, N] = x[M, K] W[N, K]^T` and whether it has a low-rank term.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -195,7 +196,8 @@ fn four_token_tiles(product: &Product, target: &Target) -> Plan {
 
 /// From so many rows on, loading all tokens into shared memory once costs less than loading them again for every few rows.
 /// 128256 x 4096, 16 tokens: 120, `SIXTEEN_TOKENS` 142; 28672 x 8192: 67 and 59. 32 tokens, 28672 x 4096: 39,
-/// `THIRTY_TWO_TOKENS` 46; 22016 x 4096: 40.3 and 41.6; 14336 x 4096: 25.2 and 22.2.
+/// `THIRTY_TWO_TOKENS` 46; 22016 x 4096: 40.3 and 41.6, both before their last change, so that the border is good to some
+/// thousands of rows; 14336 x 4096: 25.2 and 22.2.
 const RESIDENT_ROWS_16: u64 = 65_536;
 const RESIDENT_ROWS_32: u64 = 22_016;
 

@@ -3,7 +3,7 @@
 
 use std::io;
 use std::path::Path;
-use std::sync::mpsc;
+use std::sync::mpsc::{self, TryRecvError};
 use std::thread::{self, Scope};
 
 use qlora_core::{Control, Parallel, QuantSpec};
@@ -94,14 +94,21 @@ pub fn pack(
         })?;
         let output = &writer;
         spawn(scope, destination, "write", move || write_behind(output, news, control))?;
-        let mut worker = Worker::new(plan, spec, &writer, written, lanes, Parallel::new(threads), control);
+        let mut worker = Worker::new(plan, spec, &writer, written, lanes, control);
+        let (alone, together) = (Parallel::new(1), Parallel::new(threads));
         // Moved in, so that on every way out the other threads find nobody listening and end.
         let (incoming, recycle) = (incoming, recycle);
-        for (lane, event) in &incoming {
+        loop {
+            // Where nothing waits this thread keeps up alone, and others would only take turns with the hashers.
+            let (next, parallel) = match incoming.try_recv() {
+                Err(TryRecvError::Empty) => (incoming.recv().ok(), &alone),
+                next => (next.ok(), &together),
+            };
+            let Some((lane, event)) = next else { break };
             match event? {
                 Hashed::Slice(Slice { source, tensor, piece, buffer }) => {
                     if !done[source][tensor]
-                        && let Some(checksums) = worker.work(lane, source, tensor, piece, buffer.filled())?
+                        && let Some(checksums) = worker.work(lane, source, tensor, piece, buffer.filled(), parallel)?
                         && let Some(journal) = &mut journal
                     {
                         journal.add_tensor(&plan.sources[source].header.tensors[tensor].name, &checksums)?;

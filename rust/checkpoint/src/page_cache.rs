@@ -12,14 +12,17 @@ use rustix::io::{Errno, ReadWriteFlags, preadv2};
 
 /// Places in a file at which is asked whether it is in the page cache.
 const PROBES: u64 = 64;
-/// Bytes behind a reader that stay: more than the page that it is in, which may be megabytes.
-const LAG: u64 = 4 << 20;
+/// More than the largest page, which may be megabytes.
+const PAGE: u64 = 4 << 20;
 
-/// Drop a stretch of a file (all from `start` on where `bytes` is none) from the page cache, except for what is not on
-/// the disk yet.
+/// Drop a stretch of a file (all from `start` on where `bytes` is none) from the page cache. What is not on the disk yet
+/// stays, and is sent there.
+///
+/// NOTE: pages are dropped whole. One that lies across the start goes too, as it stayed with the stretch before.
 pub fn drop_pages(file: &File, start: u64, bytes: Option<NonZeroU64>) {
+    let before = start.min(PAGE);
     // Advice only: a file system that has none to take is read and written just the same.
-    let _ = fadvise(file, start, bytes, Advice::DontNeed);
+    let _ = fadvise(file, start - before, bytes.map(|bytes| bytes.saturating_add(before)), Advice::DontNeed);
 }
 
 /// Is the byte at `position` in the page cache? Where the system (before Linux 4.14) or the file system cannot tell, yes.
@@ -51,13 +54,12 @@ impl Trail {
 
     /// The reader is done with all before `position`.
     pub fn leave(&mut self, file: &File, position: u64) {
-        let end = position.saturating_sub(LAG);
+        // Not the page that it is in, which is read on.
+        let end = position.saturating_sub(PAGE);
         if let Some(dropped) = self.dropped
-            && end > dropped
+            && let Some(bytes) = end.checked_sub(dropped).and_then(NonZeroU64::new)
         {
-            // Pages are dropped whole: one that lay across the end of the last stretch is dropped with this one.
-            let start = dropped.saturating_sub(LAG);
-            drop_pages(file, start, NonZeroU64::new(end - start));
+            drop_pages(file, dropped, Some(bytes));
             self.dropped = Some(end);
         }
     }
@@ -65,7 +67,7 @@ impl Trail {
     /// The reader is done with the file.
     pub fn end(&self, file: &File) {
         if let Some(dropped) = self.dropped {
-            drop_pages(file, dropped.saturating_sub(LAG), None);
+            drop_pages(file, dropped, None);
         }
     }
 }

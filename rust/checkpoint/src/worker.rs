@@ -18,7 +18,6 @@ pub struct Worker<'a> {
     plan: &'a Plan,
     spec: &'a QuantSpec,
     output: Output<'a>,
-    parallel: Parallel,
     control: &'a Control,
     lanes: Vec<Weight>,
     codes: Vec<u8>,
@@ -70,14 +69,12 @@ impl<'a> Worker<'a> {
         writer: &'a Writer,
         written: Sender<Extent>,
         lanes: usize,
-        parallel: Parallel,
         control: &'a Control,
     ) -> Self {
         Self {
             plan,
             spec,
             output: Output { writer, written },
-            parallel,
             control,
             lanes: (0..lanes).map(|_| Weight::default()).collect(),
             codes: Vec::new(),
@@ -98,6 +95,7 @@ impl<'a> Worker<'a> {
         tensor: usize,
         piece: Piece,
         bytes: &[u8],
+        parallel: &Parallel,
     ) -> Result<Option<String>, CheckpointError> {
         let from = &self.plan.sources[source];
         if self.lanes[lane].parts.is_empty() {
@@ -112,9 +110,9 @@ impl<'a> Worker<'a> {
                 let at = At { expert, row, rows, col, cols };
                 let ends = (row + rows, col + cols) == step.stored();
                 if step.transposed {
-                    self.gather(lane, step, at, bytes, ends)?;
+                    self.gather(lane, step, at, bytes, ends, parallel)?;
                 } else {
-                    self.quantize(lane, step, at, bytes)?;
+                    self.quantize(lane, step, at, bytes, parallel)?;
                 }
                 ends && expert + 1 == step.experts
             }
@@ -138,19 +136,20 @@ impl<'a> Worker<'a> {
         at: At,
         bytes: &[u8],
         ends: bool,
+        parallel: &Parallel,
     ) -> Result<(), CheckpointError> {
         let Weight { matrix, spoiled, .. } = &mut self.lanes[lane];
         if at.row == 0 && at.col == 0 {
             matrix.begin(step.rows, step.cols, step.float_type);
         }
         let (rows, columns) = (at.row..at.row + at.rows, at.col..at.col + at.cols);
-        matrix.gather(bytes, rows, columns, step.float_type, &self.parallel, self.control)?;
+        matrix.gather(bytes, rows, columns, step.float_type, parallel, self.control)?;
         if !ends {
             return Ok(());
         }
         let (matrix, sound) = (std::mem::take(matrix), spoiled.is_none());
         let whole = At { expert: at.expert, row: 0, rows: step.rows, col: 0, cols: step.cols };
-        self.quantize(lane, step, whole, matrix.bytes())?;
+        self.quantize(lane, step, whole, matrix.bytes(), parallel)?;
         let weight = &mut self.lanes[lane];
         if let Some(spoiled) = weight.spoiled.as_mut().filter(|_| sound) {
             let before = (at.expert * step.rows * step.cols) as u64;
@@ -160,7 +159,14 @@ impl<'a> Worker<'a> {
         Ok(())
     }
 
-    fn quantize(&mut self, lane: usize, step: &PackStep, at: At, bytes: &[u8]) -> Result<(), CheckpointError> {
+    fn quantize(
+        &mut self,
+        lane: usize,
+        step: &PackStep,
+        at: At,
+        bytes: &[u8],
+        parallel: &Parallel,
+    ) -> Result<(), CheckpointError> {
         let Weight { parts, absmax, spoiled, .. } = &mut self.lanes[lane];
         let layout = Layout::new(1, at.rows, at.cols, self.spec)?;
         if step.nested.is_none() || (at.row == 0 && at.col == 0) {
@@ -176,7 +182,7 @@ impl<'a> Worker<'a> {
             Nonfinite::Raise,
             &mut self.codes,
             &mut absmax[before..],
-            &self.parallel,
+            parallel,
             self.control,
         );
         match outcome {
@@ -208,7 +214,7 @@ impl<'a> Worker<'a> {
             &mut self.nested_codes,
             &mut self.group_scales,
             &mut mean,
-            &self.parallel,
+            parallel,
             self.control,
         )?;
         self.output.append(&mut parts[1], &self.nested_codes)?;

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import fcntl
+import itertools
 import os
+import resource
 import shutil
 import signal
 
@@ -11,6 +13,7 @@ import pytest
 
 import qlora_rs
 from qlora_rs import _core, checkpoint
+from qlora_rs.checkpoint import slices
 
 
 def names(folder):
@@ -147,6 +150,45 @@ def test_a_disk_that_is_too_small_is_noticed_before_the_work(make_model, tmp_pat
     assert caught.value.errno == 28
     assert caught.value.filename == str(tmp_path)
     assert names(tmp_path) == ["source"]
+
+
+def test_a_file_system_that_tells_no_size_is_no_full_one(make_model, tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(total=0, used=0, free=0))
+    checkpoint.quantize(make_model(), tmp_path / "packed")
+    assert names(tmp_path) == ["packed", "source"]
+
+
+@pytest.fixture
+def few_files():
+    """Let this process open only so many files more than it has now."""
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+
+    def limit(more: int) -> None:
+        # A new descriptor is the lowest number that is free, and has to be below the limit.
+        used = {int(name) for name in os.listdir("/proc/self/fd")}
+        free = (number for number in itertools.count() if number not in used)
+        *_, last = itertools.islice(free, more)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (last + 1, before[1]))
+
+    yield limit
+    resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
+def test_folders_of_more_files_than_a_process_may_open(make_model, tmp_path, monkeypatch, few_files):
+    source = make_model(shards=21)
+    assert len(list(source.glob("*.safetensors"))) == 21
+    checkpoint.quantize(source, tmp_path / "expected")
+    monkeypatch.setattr(slices, "MOST_OPEN", 3)
+    few_files(14)
+    checkpoint.quantize(source, tmp_path / "packed")
+    file = "model.safetensors"
+    assert (tmp_path / "packed" / file).read_bytes() == (tmp_path / "expected" / file).read_bytes()
+    assert checkpoint.verify(tmp_path / "packed", source).same
+    assert checkpoint.diff(source, source).same
+    assert not checkpoint.diff(source, tmp_path / "packed").same
+    checkpoint.convert(tmp_path / "packed", tmp_path / "plain", "bf16", max_shard_size=3000)
+    assert len(list((tmp_path / "plain").glob("*.safetensors"))) > 14
 
 
 def test_missing_parents_of_the_destination_are_made(make_model, tmp_path):

@@ -347,6 +347,27 @@ def test_a_full_disk_leaves_what_is_finished_for_the_same_command(make_model, tm
     assert "21 tensors were finished" in report.notes[0]
 
 
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_ctrl_c_at_the_moment_that_the_output_gets_its_name_is_no_failure_of_the_disk(
+    make_model, tmp_path, monkeypatch, overwrite
+):
+    source, rename = make_model(), os.rename
+    checkpoint.quantize(source, tmp_path / "expected")
+
+    def interrupted(old, new):
+        rename(old, new)
+        if os.fspath(new) == os.fspath(tmp_path / "packed"):
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "rename", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            checkpoint.quantize(source, tmp_path / "packed", overwrite=overwrite)
+    assert content(tmp_path / "packed") == content(tmp_path / "expected")
+    checkpoint.quantize(source, tmp_path / "packed", overwrite=True)
+    assert sorted(os.listdir(tmp_path)) == ["expected", "packed", "source"]
+
+
 def test_space_that_the_unfinished_output_holds_is_not_asked_for_again(make_model, tmp_path, monkeypatch):
     import shutil
 

@@ -65,9 +65,10 @@ def require_space(destination: Path, needed: int) -> None:
     parent = destination.parent
     while not parent.exists():
         parent = parent.parent
-    free = shutil.disk_usage(parent).free
-    if needed > free:
-        reason = f"{format_bytes(needed)} are needed for the output, {format_bytes(free)} are free"
+    usage = shutil.disk_usage(parent)
+    # A file system that counts no blocks (ramfs, some of FUSE) has no size at all.
+    if usage.total and needed > usage.free:
+        reason = f"{format_bytes(needed)} are needed for the output, {format_bytes(usage.free)} are free"
         raise OSError(errno.ENOSPC, reason, str(parent))
 
 

@@ -177,7 +177,8 @@ def _commit(path: Path, destination: Path, overwrite: bool) -> None:
     except BaseException:
         if aside.exists() and not destination.exists():
             os.rename(aside, destination)
-        os.replace(marker, path / JOURNAL)
+        with suppress(FileNotFoundError):  # it has its name already
+            os.replace(marker, path / JOURNAL)
         raise
     if swapped:
         _put_aside(path, aside)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from contextlib import ExitStack
 from functools import cached_property
 from io import FileIO
 from types import TracebackType
@@ -23,6 +22,8 @@ from qlora_rs.quantization import dequantize
 from qlora_rs.spec import QuantSpec
 
 SLICE_BYTES = 16 << 20
+# Files of a folder that stay open: two folders of hundreds would be more than a process may have (often 1,024).
+MOST_OPEN = 16
 # Elements whose values are held at a time; a few copies of them are made, in float64.
 SLICE_ELEMENTS = 2 << 20
 
@@ -38,7 +39,6 @@ class SliceReader:
 
     def __init__(self, source: Source) -> None:
         self.source = source
-        self._open = ExitStack()
         self._files: dict[str, tuple[FileIO, int]] = {}
         self._places = FilePlaces(source)
         self._stored = StoredReader(source)
@@ -52,7 +52,8 @@ class SliceReader:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Close the files."""
-        self._open.close()
+        while self._files:
+            self._close_oldest()
 
     def read(self, name: str, start: int, count: int) -> Tensor:
         """Bytes ``start`` to ``start + count`` of a tensor, as uint8; of one that another library quantized, those of
@@ -63,9 +64,14 @@ class SliceReader:
             return self._foreign(foreign, start, count)
         tensor = self.source.tensors[name]
         if tensor.file not in self._files:
+            if len(self._files) >= MOST_OPEN:
+                self._close_oldest()
             self._files[tensor.file] = self._places.open(tensor.file)
-            self._open.enter_context(self._files[tensor.file][0])
         return self._places.read(self._files[tensor.file], tensor, start, count)
+
+    def _close_oldest(self) -> None:
+        file, _ = self._files.pop(next(iter(self._files)))
+        file.close()
 
     @cached_property
     def flat(self) -> dict[str, FlatWeight]:

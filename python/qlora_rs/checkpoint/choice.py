@@ -174,8 +174,10 @@ def _choose_by_model(
     for name, tensor in source.tensors.items():
         owner = owners.get(parameter_of.get(name, ""))
         if name in experts:
-            _check_shape(source, experts[name].float_shape(model.get_submodule(experts[name].module)), tensor)
-            if experts[name].transposed:
+            module = model.get_submodule(experts[name].module)
+            expert = experts[name].as_stored(tensor.shape, module)
+            _check_shape(source, expert.float_shape(module), tensor)
+            if expert.transposed:
                 draft.transposed.add(name)
             draft.packed.add(name)
             draft.experts[name] = experts[name].module
@@ -249,8 +251,13 @@ def expert_places(source: Source) -> Callable[[str], ExpertPlace | None]:
         return lambda name: None
     places: dict[tuple[str, int | None, str], tuple[str, int, bool]] = {}
     for name, each in tensors.items():
-        count = logical_shape(model.get_submodule(each.module), each.parameter)[0]
-        places[each.module, each.expert, each.child] = name, count, each.transposed
+        fused, tensor = model.get_submodule(each.module), source.tensors[name]
+        if f"{name}_absmax" in source.tensors:
+            mark = source.metadata.get(tensor.file, {}).get(f"{name}.transposed")
+            transposed = mark is not None if each.either else each.transposed
+        else:
+            transposed = each.as_stored(tensor.shape, fused).transposed
+        places[each.module, each.expert, each.child] = name, logical_shape(fused, each.parameter)[0], transposed
 
     def find(name: str) -> ExpertPlace | None:
         parts = re.fullmatch(r"(.*)\.(\d+)\.([^.]+)\.weight", name)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -31,6 +31,7 @@ class ExpertTensor:
         child: what the files call this matrix of an expert, e.g. ``"w1"``.
         place: which part of the parameter's rows, from above; ``places`` of them make it up.
         transposed: a file of floats holds it as (experts, in, out); packed it is (experts, out, in) all the same.
+        either: a file of floats may hold it so or so, as its shape tells.
     """
 
     module: str
@@ -40,6 +41,12 @@ class ExpertTensor:
     place: int = 0
     places: int = 1
     transposed: bool = False
+    either: bool = False
+
+    def as_stored(self, shape: tuple[int, ...], fused: nn.Module) -> ExpertTensor:
+        """The same with ``transposed`` as the ``shape`` in a file of floats tells, where it may be either."""
+        turned = replace(self, transposed=True)
+        return turned if self.either and shape == turned.float_shape(fused) != self.float_shape(fused) else self
 
     def shape(self, fused: nn.Module) -> tuple[int, ...]:
         """The shape that the tensor has to have: a packed one's logical shape."""
@@ -67,7 +74,8 @@ def expert_tensors(names: Iterable[str], model: nn.Module) -> dict[str, ExpertTe
         module, parameter = parameters.get(new, ("", ""))
         if module and pattern is None:
             transposed = is_transposed(modules[module])
-            found[name] = ExpertTensor(module, parameter, None, parameter, transposed=transposed)
+            either = not transposed and renamer.may_be_turned(new)
+            found[name] = ExpertTensor(module, parameter, None, parameter, transposed=transposed, either=either)
         elif module in stacked_only:
             continue
         elif module:
@@ -139,7 +147,7 @@ def stored_experts(layouts: Mapping[str, PackedLayout], model: nn.Module, where:
         fused = model.get_submodule(module_name)
         for name, tensor in parts.items():
             shape, _, transposed = layouts[name]
-            if transposed != tensor.transposed:
+            if transposed != tensor.transposed and not tensor.either:
                 packed, computed = ("transposed", "as it is") if transposed else ("as it is", "transposed")
                 raise UnsupportedError(
                     f"{where}: {name!r} is packed {packed}, but {type(fused).__name__} is computed from experts that "

@@ -30,6 +30,13 @@ class Renamer:
         except (ImportError, AttributeError, TypeError):
             self.converters = []  # older or newer than these internals: plain names still match
 
+    def may_be_turned(self, name: str) -> bool:
+        """Whether transformers takes a stack of matrices as (in, out), too, telling by its shape (Qwen3-VL's)."""
+        turning = (
+            each for each in self.converters if [*map(_operation, each.operations)] == [("Transpose", {1, 2}, True)]
+        )
+        return any(each.rename_source_key(name)[1] is not None for each in turning)
+
     def rename(self, name: str) -> tuple[str, str | None]:
         """The model's name for it, and the pattern by which transformers makes a parameter of it and others, if so."""
         candidates = (name, f"{self._prefix}.{name}", name.removeprefix(f"{self._prefix}."))
@@ -38,3 +45,8 @@ class Renamer:
             return plain or name, None
         new, pattern = self._rename(name, self._renamings, self.converters, self._prefix, self._state)
         return str(new), None if pattern is None else str(pattern)
+
+
+def _operation(operation: Any) -> tuple[str, set[int | None], bool]:
+    dimensions = {getattr(operation, "dim0", None), getattr(operation, "dim1", None)}
+    return type(operation).__name__, dimensions, bool(getattr(operation, "check_dims", False))

@@ -58,9 +58,13 @@ def _recompute(*_: Any, **__: Any) -> CheckpointPolicy:
 
 
 class _Here(threading.local):
-    """A recomputation runs on the thread of its backward pass, beside others."""
+    """The checkpointed calls that this thread is computing, one inside of another.
 
-    kept: KeptWeights | None = None
+    A recomputation runs on the thread of its backward pass, beside others.
+    """
+
+    def __init__(self) -> None:
+        self.calls: list[KeptWeights] = []
 
 
 _here = _Here()
@@ -68,7 +72,9 @@ _here = _Here()
 
 def kept_weights() -> KeptWeights | None:
     """Where products of the checkpointed call that is being computed find and leave weights; None outside of one."""
-    return None if torch.compiler.is_compiling() else _here.kept
+    if torch.compiler.is_compiling() or not _here.calls:
+        return None
+    return _here.calls[-1]
 
 
 class _Within:
@@ -76,16 +82,18 @@ class _Within:
 
     def __init__(self, kept: KeptWeights, *, recomputing: bool) -> None:
         self._kept, self._recomputing = kept, recomputing
-        self._outer: list[KeptWeights | None] = []
+        self._entered: list[list[KeptWeights]] = []
 
     def __enter__(self) -> None:
         if self._recomputing:
             self._kept.start()
-        self._outer.append(_here.kept)
-        _here.kept = self._kept
+        self._entered.append(_here.calls)
+        _here.calls.append(self._kept)
 
     def __exit__(self, *_: object) -> None:
-        _here.kept = self._outer.pop()
+        # NOTE: where a forward pass fails, some versions of torch come here when its traceback is dropped: on whatever
+        # thread, and after others have been entered.
+        self._entered.pop().remove(self._kept)
         self._kept.recomputing = False
 
 

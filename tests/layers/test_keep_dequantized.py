@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint, noop_context_fn
 import qlora_rs
 from qlora_rs import Linear4bit, LoraLinear, PackedTensor, QuantSpec, _bridge, _core, keep_dequantized
 from qlora_rs.paging import PagedPool, page_weights
+from qlora_rs.recomputation import kept_weights
 
 pytestmark = pytest.mark.usefixtures("device")
 
@@ -289,6 +290,7 @@ def test_calls_that_somebody_watches_keep_nothing_and_give_the_same() -> None:
     assert equal(loss_and_gradients(model, x, watched), loss_and_gradients(model, x, model))
 
 
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated")  # torch 2.11's own, as it traces
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")  # the compiler's own import
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # which it looks at
 @pytest.mark.parametrize("what", ["whole", "block"])
@@ -303,6 +305,28 @@ def test_compiled_it_gives_the_same(what: str) -> None:
         compiled = nn.ModuleList(torch.compile(block, backend="aot_eager", fullgraph=True) for block in model)
         got = loss_and_gradients(model, x, lambda x: Stack.forward(compiled, x, keep_dequantized))
     assert all(torch.allclose(a, b, rtol=1e-5, atol=1e-6) for a, b in zip(got, want, strict=True))
+
+
+def test_a_forward_pass_that_fails_leaves_nothing_behind_it(made) -> None:
+    model, x = Stack(), inputs()
+
+    def failing(x: Tensor) -> Tensor:
+        raise RuntimeError("a forward pass")
+
+    want = loss_and_gradients(model, x, model)
+    with pytest.raises(RuntimeError, match="a forward pass") as caught:
+        checkpoint(failing, x, use_reentrant=False, context_fn=keep_dequantized)
+    before = len(made)
+    forward, _ = keep_dequantized()
+    with forward:
+        late = caught.value.__traceback__  # torch may leave the failed call's context only when this is dropped
+        caught.value.__traceback__ = None
+        del late, caught
+        gc.collect()
+        assert kept_weights() is not None
+    assert kept_weights() is None
+    assert equal(loss_and_gradients(model, x, lambda x: model(x, keep_dequantized)), want)
+    assert len(made) - before == 2 * PRODUCTS * len(model)
 
 
 def test_the_reentrant_kind_refuses_it_in_words() -> None:

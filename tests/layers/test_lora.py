@@ -239,6 +239,7 @@ def test_gradient_accumulation_equals_one_large_batch() -> None:
         assert torch.allclose(p.grad, expected, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated")  # torch 2.11's own, as it traces
 def test_a_model_with_adapters_compiles_to_one_graph() -> None:
     model = model_with_adapters()
     x = torch.randn(5, 33)
@@ -251,6 +252,8 @@ def test_a_model_with_adapters_compiles_to_one_graph() -> None:
         assert torch.allclose(p.grad, grad, rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated")  # torch 2.11's own, as it traces
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")  # inductor's own
 def test_inductor_compiles_forward_and_backward() -> None:
     model = model_with_adapters()
     x = torch.randn(5, 33)

@@ -106,7 +106,7 @@ def train(
         bool,
         typer.Option(
             "--keep-dequantized",
-            help="With --gradient-checkpointing: faster, for the memory of one layer's weights in 16 bits.",
+            help="With --gradient-checkpointing: a little faster, for the memory of one layer's weights in 16 bits.",
         ),
     ] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in O, bit for bit.")] = False,

@@ -249,11 +249,12 @@ def test_a_model_with_adapters_compiles_to_one_graph() -> None:
     model.zero_grad()
     compiled(x).square().mean().backward()
     for p, grad in zip(lora_parameters(model), expected, strict=True):
-        assert torch.allclose(p.grad, grad, rtol=1e-5, atol=1e-7)
+        assert torch.allclose(p.grad, grad, rtol=1e-5, atol=2e-6)  # sums of terms up to 10 in another order
 
 
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated")  # torch 2.11's own, as it traces
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")  # inductor's own
+@pytest.mark.filterwarnings("ignore:Skipping serialization")  # that of torch 2.6
 def test_inductor_compiles_forward_and_backward() -> None:
     model = model_with_adapters()
     x = torch.randn(5, 33)

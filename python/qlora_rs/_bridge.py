@@ -107,23 +107,6 @@ def _quantize_cuda(weight: Tensor, spec: QuantSpec, check_finite: bool, out: _Qu
         quantize(weight.cpu(), spec, check_finite)  # raises the error that counts and locates them
 
 
-def device_weight(
-    codes: Tensor,
-    absmax: Tensor,
-    absmax_scale: Tensor | None,
-    absmax_offset: Tensor | None,
-    columns: int,
-    spec: QuantSpec,
-    *,
-    moves: bool = False,
-) -> DeviceWeight:
-    """A packed weight on a CUDA device, for calls that must cost the host little.
-
-    ``moves``: copies on other streams bring it there, and it goes again.
-    """
-    return DeviceWeight(spec.core(), (codes, absmax, absmax_scale, absmax_offset), columns, moves)
-
-
 def dequantize(
     codes: Tensor,
     absmax: Tensor,
@@ -135,7 +118,7 @@ def dequantize(
 ) -> Tensor:
     """The weight of shape ``codes.shape[:-1] + (columns,)`` in ``dtype``, on the device of the codes."""
     if codes.device.type == "cuda":
-        weight = device_weight(codes, absmax, absmax_scale, absmax_offset, columns, spec)
+        weight = DeviceWeight(spec.core(), (codes, absmax, absmax_scale, absmax_offset), columns, False)
         dense: Tensor = weight.dequantize(dtype)
         return dense
     codes, absmax = codes.contiguous(), absmax.contiguous()

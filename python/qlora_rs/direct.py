@@ -97,9 +97,8 @@ class FrozenProduct:
         weight = self.weight(parts)
         if weight is None:
             return None
-        if torch.is_autocast_enabled("cuda"):
-            x = x.to(torch.get_autocast_dtype("cuda"))
-        if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
+        x = ops.autocasted(x)
+        if ops.wants_gradient(x, bias):
             y: Tensor = _Recorded.apply(x, bias, self, weight, parts)
             return y
         return ops.device_linear(x, weight, bias)
@@ -133,7 +132,7 @@ class _Recorded(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             grad_x = _Recorded.grad_x(ctx, grad, kept)
         if ctx.needs_input_grad[1]:
-            grad_bias = grad.sum_to_size(grad.shape[-1:]).to(ctx.bias_dtype)
+            grad_bias = ops.bias_gradient(grad, ctx.bias_dtype)
         return grad_x, grad_bias, None, None, None
 
     @staticmethod
@@ -149,9 +148,8 @@ class _Recorded(torch.autograd.Function):
                 if kept is not None:
                     return ops.dense_linear_backward(grad, kept)
                 return ops.device_linear_backward(grad, weight)
-        spec = ctx.product.spec
-        codebook = None if spec.codebook is None else list(spec.codebook)
+        product = ctx.product
         grad_x: Tensor = torch.ops.qlora_rs.linear_backward(
-            grad, *ctx.parts, ctx.product.columns, spec.quant_type, spec.block_size, codebook
+            grad, *ctx.parts, product.columns, *ops.arguments_of(product.spec)
         )
         return grad_x

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as module_of_torch
 
+from qlora_rs import ops
 from qlora_rs.experts import PackedExperts
 from qlora_rs.linear import Linear4bit
 from qlora_rs.selection import matches, select_linear
@@ -50,14 +51,6 @@ class LoraTerm(torch.autograd.Function):
             inner = (x @ a.to(x.dtype).T) * ctx.scaling
             grad_b = (_rows(grad).T @ _rows(inner)).to(b.dtype)
         return grad_x, grad_a, grad_b, None
-
-
-def _type_of_products(x: Tensor) -> torch.dtype:
-    """What a Linear layer computes in."""
-    kind = x.device.type
-    if kind == "meta" or x.dtype == torch.float64 or not torch.is_autocast_enabled(kind):
-        return x.dtype
-    return torch.get_autocast_dtype(kind)
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -154,7 +147,7 @@ class LoraLinear(nn.Module):
         if not self.enabled:
             y: Tensor = self.base_layer(x)
             return y
-        term_input = x.to(_type_of_products(x))
+        term_input = ops.autocasted(x)
         if dropped:
             term_input = nn.functional.dropout(term_input, self.lora_dropout)
         # Before the base, which saves nothing on a device: a recomputation ends with the last tensor that is saved, and

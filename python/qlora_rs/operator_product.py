@@ -28,9 +28,8 @@ class OperatorProduct:
     __slots__ = ("_layout", "flat")
 
     def __init__(self, shape: tuple[int, int], spec: QuantSpec, *, flat: bool = False) -> None:
-        codebook = None if spec.codebook is None else list(spec.codebook)
         known_by_rows = shape if flat else shape[1:]
-        self._layout: tuple[Any, ...] = (*known_by_rows, spec.quant_type, spec.block_size, codebook)
+        self._layout: tuple[Any, ...] = (*known_by_rows, *ops.arguments_of(spec))
         self.flat = flat
 
     def __call__(self, x: Tensor, parts: direct.Parts, bias: Tensor | None) -> Tensor:
@@ -41,7 +40,7 @@ class OperatorProduct:
         """
         kept = recomputation.kept_weights()
         if kept is not None and _recorded_here(x, parts, bias):
-            y: Tensor = _Recorded.apply(_autocasted(x), bias, *parts, self, kept)
+            y: Tensor = _Recorded.apply(ops.autocasted(x), bias, *parts, self, kept)
             return y
         return self._operator(x, parts, bias)
 
@@ -70,16 +69,8 @@ class OperatorProduct:
 
 def _recorded_here(x: Tensor, parts: direct.Parts, bias: Tensor | None) -> bool:
     """Is this a product to record, whose operator nobody would miss?"""
-    wanted = torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
-    return wanted and x.device.type in ("cpu", "cuda") and direct.unwatched(x) and direct.are_plain(parts)
-
-
-def _autocasted(x: Tensor) -> Tensor:
-    """As the operator under autocast."""
-    kind = x.device.type
-    if not torch.is_autocast_enabled(kind) or not x.is_floating_point() or x.dtype == torch.float64:
-        return x
-    return x.to(torch.get_autocast_dtype(kind))
+    here = x.device.type in ("cpu", "cuda")
+    return ops.wants_gradient(x, bias) and here and direct.unwatched(x) and direct.are_plain(parts)
 
 
 class _Recorded(torch.autograd.Function):
@@ -119,5 +110,5 @@ class _Recorded(torch.autograd.Function):
             else:
                 grad_x = ops.dense_linear_backward(grad, weight)
         if ctx.needs_input_grad[1]:
-            grad_bias = grad.sum_to_size(grad.shape[-1:]).to(ctx.bias_dtype)
+            grad_bias = ops.bias_gradient(grad, ctx.bias_dtype)
         return grad_x, grad_bias, None, None, None, None, None, None

@@ -44,6 +44,11 @@ def _spec(quant_type: str, block_size: int, double_quant: bool, codebook: tuple[
     return QuantSpec(quant_type, block_size, double_quant, codebook)
 
 
+def arguments_of(spec: QuantSpec) -> tuple[str, int, list[float] | None]:
+    """A spec as operators take it; whether scales are doubly quantized their tensors tell."""
+    return spec.quant_type, spec.block_size, None if spec.codebook is None else list(spec.codebook)
+
+
 def _checked(
     codes: Tensor,
     absmax: Tensor,
@@ -222,6 +227,24 @@ def dense_linear_backward(grad: Tensor, weight: Tensor) -> Tensor:
     return grad.contiguous() @ weight
 
 
+def bias_gradient(grad: Tensor, dtype: torch.dtype) -> Tensor:
+    """The gradient of a bias of ``dtype``: dY summed over all but its last dimension."""
+    return grad.sum_to_size(grad.shape[-1:]).to(dtype)
+
+
+def wants_gradient(x: Tensor, bias: Tensor | None) -> bool:
+    """Is a product of x and this bias to be recorded for a backward pass?"""
+    return torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
+
+
+def autocasted(x: Tensor) -> Tensor:
+    """x in the type that a product computes in: under autocast the lower one."""
+    kind = x.device.type
+    if kind == "meta" or not torch.is_autocast_enabled(kind) or not x.is_floating_point() or x.dtype == torch.float64:
+        return x
+    return x.to(torch.get_autocast_dtype(kind))
+
+
 def _fuses_on_cpu(x: Tensor, codes: Tensor) -> bool:
     """Is a product made without dequantizing the weight first?"""
     few = 0 < x.numel() <= MOST_FUSED_TOKENS * x.shape[-1]
@@ -251,7 +274,7 @@ def _device_weight(
     if not codes.is_cuda:
         raise ValueError(f"x is on a CUDA device, the packed weight is on {codes.device}: move one of them")
     spec = _checked(codes, absmax, scale, offset, *rest)
-    return _bridge.device_weight(codes, absmax, scale, offset, rest[0], spec, moves=moves)
+    return DeviceWeight(spec.core(), (codes, absmax, scale, offset), rest[0], moves)
 
 
 def device_weight(
@@ -265,10 +288,7 @@ def device_weight(
     moves: bool = False,
 ) -> DeviceWeight:
     """A packed weight on a CUDA device, its parts checked, for `device_linear`; ``moves``: copies bring it there."""
-    codebook = None if spec.codebook is None else list(spec.codebook)
-    return _device_weight(
-        codes, absmax, scale, offset, columns, spec.quant_type, spec.block_size, codebook, moves=moves
-    )
+    return _device_weight(codes, absmax, scale, offset, columns, *arguments_of(spec), moves=moves)
 
 
 def device_linear(x: Tensor, weight: DeviceWeight, bias: Tensor | None, dequantize: Dequantize | None = None) -> Tensor:
@@ -308,7 +328,7 @@ def _linear_grad(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     if ctx.needs_input_grad[0]:
         grad_x = torch.ops.qlora_rs.linear_backward(grad, *ctx.saved_tensors, *ctx.rest)
     if ctx.needs_input_grad[9]:
-        grad_bias = grad.sum_to_size(grad.shape[-1:]).to(ctx.bias_dtype)
+        grad_bias = bias_gradient(grad, ctx.bias_dtype)
     return grad_x, None, None, None, None, None, None, None, None, grad_bias
 
 
@@ -385,7 +405,7 @@ def _flat_grad(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     if ctx.needs_input_grad[0]:
         grad_x = torch.ops.qlora_rs.flat_linear_backward(grad, *ctx.saved_tensors, *ctx.rest)
     if ctx.needs_input_grad[10]:
-        grad_bias = grad.sum_to_size(grad.shape[-1:]).to(ctx.bias_dtype)
+        grad_bias = bias_gradient(grad, ctx.bias_dtype)
     return grad_x, *([None] * 9), grad_bias
 
 

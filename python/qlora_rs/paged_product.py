@@ -191,15 +191,13 @@ class PagedProduct:
         return self._eager(x, bias)
 
     def _eager(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        kind = self._device.type
         if x.device != self._device:
             raise ValueError(
                 f"x is on {x.device}, the packed weight is paged to {self._device} (buffer {self.buffer.name!r}): "
                 "move x there"
             )
-        if torch.is_autocast_enabled(kind) and x.dtype in direct.DTYPES:
-            x = x.to(torch.get_autocast_dtype(kind))
-        if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
+        x = ops.autocasted(x)
+        if ops.wants_gradient(x, bias):
             y: Tensor = _Recorded.apply(x, bias, self)
             return y
         return self.product(x, bias)
@@ -295,7 +293,7 @@ class _Recorded(torch.autograd.Function):
             else:
                 grad_x = ctx.product.gradient(grad, weight)
         if ctx.needs_input_grad[1]:
-            grad_bias = grad.sum_to_size(grad.shape[-1:]).to(ctx.bias_dtype)
+            grad_bias = ops.bias_gradient(grad, ctx.bias_dtype)
         return grad_x, grad_bias, None
 
 

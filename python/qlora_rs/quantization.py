@@ -70,17 +70,13 @@ def dequantize(packed: PackedTensor, dtype: torch.dtype | None = None) -> Tensor
         dense: Tensor = direct.device_weight(packed).dequantize(dtype)
         return dense
     _require_device(packed.codes)
-    spec = packed.spec
-    codebook = None if spec.codebook is None else list(spec.codebook)
     weight: Tensor = torch.ops.qlora_rs.dequantize(
         packed.codes,
         packed.absmax,
         packed.absmax_scale,
         packed.absmax_offset,
         packed.shape[-1],
-        spec.quant_type,
-        spec.block_size,
-        codebook,
+        *ops.arguments_of(packed.spec),
         dtype,
     )
     return weight

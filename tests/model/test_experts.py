@@ -12,21 +12,11 @@ from safetensors.torch import load_file, save_file
 from torch.utils.checkpoint import noop_context_fn
 
 import qlora_rs
+from mixtures import EXPERTS, INNER, SHARED, TOKENS, eager, experts_of
 from qlora_rs import FormatError, Linear4bit, QuantSpec, UnsupportedError, _bridge, checkpoint
-from qlora_rs.experts import PackedExperts, split_experts
+from qlora_rs.experts import split_experts
 from qlora_rs.merge import merge
-from qlora_rs.model import load_float
 
-EXPERTS = 5
-SHARED = {
-    "hidden_size": 72,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": 101,
-    "max_position_embeddings": 128,
-    "num_experts_per_tok": 2,
-}
 FAMILIES = ["mixtral", "qwen3_moe"]
 IN_FILES = {
     "mixtral": ("model.layers.{}.block_sparse_moe.experts.{}.{}.weight", ("w1", "w3", "w2")),
@@ -39,9 +29,11 @@ def moe(family: str, **changes: object):
 
     torch.manual_seed(3)
     if family == "mixtral":
-        return MixtralForCausalLM(MixtralConfig(**SHARED, intermediate_size=43, num_local_experts=EXPERTS, **changes))
+        return MixtralForCausalLM(
+            MixtralConfig(**SHARED, intermediate_size=INNER, num_local_experts=EXPERTS, **changes)
+        )
     return Qwen3MoeForCausalLM(
-        Qwen3MoeConfig(**SHARED, intermediate_size=43, moe_intermediate_size=43, num_experts=EXPERTS, **changes)
+        Qwen3MoeConfig(**SHARED, intermediate_size=INNER, moe_intermediate_size=INNER, num_experts=EXPERTS, **changes)
     )
 
 
@@ -68,19 +60,6 @@ def stacked(tmp_path) -> Path:
     )
     (folder / "config.json").write_text(model.config.to_json_string())
     return folder
-
-
-def experts_of(model: torch.nn.Module) -> list[PackedExperts]:
-    return [module for module in model.modules() if isinstance(module, PackedExperts)]
-
-
-def eager(folder: Path) -> torch.nn.Module:
-    model = load_float(folder, dtype="float32")
-    model.set_experts_implementation("eager")
-    return model
-
-
-TOKENS = torch.arange(61)[None]
 
 
 def test_every_expert_is_packed_and_the_router_stays(family, source, tmp_path) -> None:

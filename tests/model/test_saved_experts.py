@@ -12,22 +12,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import qlora_rs
+from mixtures import EXPERTS, INNER, SHARED, experts_of, logits, plain
 from qlora_rs import QuantSpec, UnsupportedError, checkpoint
-from qlora_rs.experts import PackedExperts
 from qlora_rs.merge import merge
 
-EXPERTS = 5
-SHARED = {
-    "hidden_size": 72,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": 101,
-    "max_position_embeddings": 128,
-    "num_experts_per_tok": 2,
-}
-QWEN = {**SHARED, "intermediate_size": 45, "moe_intermediate_size": 43, "num_experts": EXPERTS}
-LOCAL = {**SHARED, "intermediate_size": 43, "num_local_experts": EXPERTS}
+QWEN = {**SHARED, "intermediate_size": 45, "moe_intermediate_size": INNER, "num_experts": EXPERTS}
+LOCAL = {**SHARED, "intermediate_size": INNER, "num_local_experts": EXPERTS}
 # In the files of Granite experts are stacked, under names of their own; in those of the others a matrix for each.
 FAMILIES = {
     "Mixtral": LOCAL,
@@ -35,7 +25,6 @@ FAMILIES = {
     "Qwen3Moe": QWEN,
     "GraniteMoe": {**LOCAL, "pad_token_id": 0},
 }
-TOKENS = torch.arange(61)[None]
 
 
 @pytest.fixture(params=list(FAMILIES))
@@ -55,21 +44,6 @@ def packed(family: str, spec: QuantSpec | None = None):
     model = moe(family)
     qlora_rs.quantize_model(model, spec)
     return model
-
-
-def plain(folder: Path):
-    """The folder as transformers alone loads it, which has to find all weights there, and no others."""
-    from transformers import AutoModelForCausalLM
-
-    model, info = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
-    assert not any(info.values()), info
-    model.set_experts_implementation("eager")
-    return model
-
-
-def logits(model) -> torch.Tensor:
-    with torch.no_grad():
-        return model(TOKENS).logits
 
 
 def assert_same_state(model, other) -> None:
@@ -142,7 +116,7 @@ def test_stacks_that_the_source_has_are_saved_as_quantize_writes_them(tmp_path) 
     memory = packed("GraniteMoe")
     for name in ("source", "packed"):
         model = qlora_rs.from_pretrained(tmp_path / name, dtype="float32")
-        assert sum(isinstance(module, PackedExperts) for module in model.modules()) == 2
+        assert len(experts_of(model)) == 2
         assert_same_state(model, memory)
         model.save_pretrained(tmp_path / "saved")
         assert checkpoint.diff(tmp_path / "packed", tmp_path / "saved").same

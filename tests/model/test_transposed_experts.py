@@ -13,27 +13,16 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import qlora_rs
+from mixtures import EXPERTS, HIDDEN, INNER, SHARED, TOKENS, eager, experts_of
 from qlora_rs import FormatError, Linear4bit, QuantSpec, UnsupportedError, checkpoint, reference
 from qlora_rs.experts import OwnInputExperts, PackedExperts, quantize_transposed
 from qlora_rs.merge import merge
 from qlora_rs.model import load_float
 from qlora_rs.quantization import dequantize, quantize
 
-EXPERTS, HIDDEN, INNER = 5, 72, 43
-SHARED = {
-    "hidden_size": HIDDEN,
-    "intermediate_size": INNER,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 18,
-    "vocab_size": 101,
-    "max_position_embeddings": 128,
-    "num_local_experts": EXPERTS,
-}
+LOCAL = {**SHARED, "intermediate_size": INNER, "head_dim": 18, "num_local_experts": EXPERTS}
 WHERE = {"gpt_oss": "model.layers.{}.mlp.experts", "llama4": "model.layers.{}.feed_forward.experts"}
 FUSED = ("gate_up_proj", "down_proj")
-TOKENS = torch.arange(61)[None]
 
 
 def moe(family: str, **changes: object):
@@ -42,14 +31,14 @@ def moe(family: str, **changes: object):
     torch.manual_seed(5)
     if family == "gpt_oss":
         rope = {"rope_type": "default", "rope_theta": 10000.0}
-        config = GptOssConfig(**{**SHARED, "num_experts_per_tok": 2, "rope_parameters": rope, **changes})
+        config = GptOssConfig(**{**LOCAL, "rope_parameters": rope, **changes})
         model = GptOssForCausalLM(config)
         for name, parameter in model.named_parameters():
             if name.endswith("_bias"):
                 torch.nn.init.normal_(parameter)
         return model
-    options = {"num_experts_per_tok": 2, "intermediate_size_mlp": 50, "interleave_moe_layer_step": 1, "pad_token_id": 0}
-    return Llama4ForCausalLM(Llama4TextConfig(**{**SHARED, **options, **changes}))
+    options = {"intermediate_size_mlp": 50, "interleave_moe_layer_step": 1, "pad_token_id": 0}
+    return Llama4ForCausalLM(Llama4TextConfig(**{**LOCAL, **options, **changes}))
 
 
 @pytest.fixture(params=list(WHERE))
@@ -68,16 +57,6 @@ def source(family, tmp_path) -> Path:
 def packed(source, tmp_path) -> Path:
     checkpoint.quantize(source, tmp_path / "packed")
     return tmp_path / "packed"
-
-
-def experts_of(model: torch.nn.Module) -> list[PackedExperts]:
-    return [module for module in model.modules() if isinstance(module, PackedExperts)]
-
-
-def eager(folder: Path) -> torch.nn.Module:
-    model = load_float(folder, dtype="float32")
-    model.set_experts_implementation("eager")
-    return model
 
 
 def metadata(folder: Path) -> dict[str, str]:

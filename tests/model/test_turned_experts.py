@@ -9,14 +9,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import qlora_rs
+from mixtures import EXPERTS, HIDDEN, INNER, SHARED, logits, plain
 from qlora_rs import FormatError, checkpoint
 from qlora_rs.merge import merge
 
-EXPERTS, HIDDEN, INNER = 5, 72, 43
+KIND = "AutoModelForImageTextToText"
 FUSED = [
     f"model.language_model.layers.{layer}.mlp.experts.{part}_proj" for layer in (0, 1) for part in ("gate_up", "down")
 ]
-TOKENS = torch.arange(61)[None]
 
 
 def write_source(folder: Path) -> None:
@@ -24,17 +24,11 @@ def write_source(folder: Path) -> None:
 
     torch.manual_seed(3)
     text = {
-        "hidden_size": HIDDEN,
+        **SHARED,
         "intermediate_size": 45,
         "moe_intermediate_size": INNER,
         "num_experts": EXPERTS,
-        "num_experts_per_tok": 2,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
         "head_dim": 16,
-        "vocab_size": 101,
-        "max_position_embeddings": 128,
         "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 2, 2]},
     }
     vision = {"depth": 1, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "out_hidden_size": HIDDEN}
@@ -60,20 +54,6 @@ def turned(source, tmp_path) -> Path:
     weights |= {name: weights[name].mT.contiguous() for name in FUSED}
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
     return folder
-
-
-def plain(folder: Path):
-    from transformers import AutoModelForImageTextToText
-
-    model, info = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
-    assert not any(info.values()), info
-    model.set_experts_implementation("eager")
-    return model
-
-
-def logits(model) -> torch.Tensor:
-    with torch.no_grad():
-        return model(TOKENS).logits
 
 
 def test_both_layouts_pack_to_one_model(source, turned, tmp_path) -> None:
@@ -102,7 +82,7 @@ def test_in_sixteen_bits_again_it_has_the_layout_of_its_source(source, turned, t
             load_file(each / "model.safetensors") for each in (tmp_path / f"{folder.name}_plain", folder)
         )
         assert {name: tensor.shape for name, tensor in stored.items()} == {n: t.shape for n, t in original.items()}
-        models.append(plain(tmp_path / f"{folder.name}_plain").state_dict())
+        models.append(plain(tmp_path / f"{folder.name}_plain", KIND).state_dict())
     assert all(torch.equal(tensor, models[1][name]) for name, tensor in models[0].items())
 
 
@@ -117,7 +97,9 @@ def test_adapters_of_single_experts_merge_into_either_layout(source, turned, tmp
     qlora_rs.save_adapter(model, tmp_path / "adapter")
     for name in ("source_packed", "turned_packed"):
         merge(tmp_path / name, tmp_path / "adapter", tmp_path / f"{name}_merged", dtype=torch.float32)
-        torch.testing.assert_close(logits(plain(tmp_path / f"{name}_merged")), logits(model), rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(
+            logits(plain(tmp_path / f"{name}_merged", KIND)), logits(model), rtol=1e-3, atol=1e-4
+        )
     # Over the 16-bit weights, by files and in memory.
     merge(tmp_path / "turned_packed", tmp_path / "adapter", tmp_path / "over", dtype=torch.float32, base=turned)
     merge(turned, tmp_path / "adapter", tmp_path / "of_source", dtype=torch.float32)

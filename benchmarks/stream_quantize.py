@@ -24,6 +24,9 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -120,8 +123,17 @@ def drop_cache(folder: Path) -> None:
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def run_child(program: str, *arguments: str) -> tuple[float, float]:
-    """Seconds and peak RSS (GiB) of a Python process.
+@dataclass(frozen=True)
+class Child:
+    """What a Python process took: seconds, peak RSS in GiB, and core-seconds of its threads by their names."""
+
+    seconds: float
+    peak: float
+    cores: Counter[str]
+
+
+def run_child(program: str, *arguments: str) -> Child:
+    """Run a Python process.
 
     NOTE: the process reads its own high-water mark: ru_maxrss would count this process's size at the fork.
     """
@@ -129,10 +141,29 @@ def run_child(program: str, *arguments: str) -> tuple[float, float]:
         report = f"open({peak.name!r}, 'w').write(open('/proc/self/status').read())"
         program = f"import atexit\natexit.register(lambda: {report})\n{program}"
         start = time.perf_counter()
-        subprocess.run([sys.executable, "-c", program, *arguments], stdout=subprocess.DEVNULL, check=True)
+        process = subprocess.Popen([sys.executable, "-c", program, *arguments], stdout=subprocess.DEVNULL)
+        threads: dict[str, tuple[str, float]] = {}
+        while process.poll() is None:
+            threads |= thread_times(process.pid)
+            time.sleep(0.02)
         seconds = time.perf_counter() - start
+        if process.returncode != 0:
+            raise SystemExit(f"error: {' '.join(arguments)} ended with {process.returncode}")
         fields = dict(line.split(":", 1) for line in peak.read().splitlines())
-    return seconds, int(fields["VmHWM"].split()[0]) * 1024 / GIB
+    cores: Counter[str] = Counter()
+    for name, took in threads.values():
+        cores[name] += took
+    return Child(seconds, int(fields["VmHWM"].split()[0]) * 1024 / GIB, cores)
+
+
+def thread_times(process: int) -> dict[str, tuple[str, float]]:
+    """Name and core-seconds of each thread of a process, by its number; pool threads go by one name."""
+    times = {}
+    for task in Path(f"/proc/{process}/task").glob("*"):
+        with suppress(OSError):  # ended meanwhile
+            name = (task / "comm").read_text().strip().rstrip("0123456789")
+            times[task.name] = name, int((task / "schedstat").read_text().split()[0]) / 1e9
+    return times
 
 
 def read_speed(folder: Path) -> float:
@@ -215,9 +246,9 @@ def main() -> None:
         files = len(list(source.glob("*.safetensors")))
         print(f"source: {total / 1e9:.2f} GB of bfloat16 in {files} files")
         imports = "import torch, qlora_rs"
-        _, bare = run_child("pass")
-        _, torch_rss = run_child(imports)
-        _, all_rss = run_child(f"{imports}; from transformers import AutoConfig, LlamaForCausalLM")
+        bare = run_child("pass").peak
+        torch_rss = run_child(imports).peak
+        all_rss = run_child(f"{imports}; from transformers import AutoConfig, LlamaForCausalLM").peak
         drop_cache(source)
         limits = {"disk, read": read_speed(source), "sha256": hash_speed(), "quantize in memory": quantize_speed()}
         command = (
@@ -229,11 +260,12 @@ def main() -> None:
         )
         runs, startups = [], []
         for _ in range(options.repeat):
-            startups.append(run_child(*command, "--dry-run")[0])
+            startups.append(run_child(*command, "--dry-run").seconds)
             drop_cache(source)
             runs.append(run_child(*command))
-            print(f"run: {runs[-1][0]:.1f} s, start-up alone {startups[-1]:.1f} s, load {os.getloadavg()[0]:.1f}")
-        startup, seconds, peak = min(startups), min(run[0] for run in runs), max(run[1] for run in runs)
+            print(f"run: {runs[-1].seconds:.1f} s, start-up alone {startups[-1]:.1f} s, load {os.getloadavg()[0]:.1f}")
+        fastest = min(runs, key=lambda run: run.seconds)
+        startup, seconds, peak = min(startups), fastest.seconds, max(run.peak for run in runs)
         shards = list(target.glob("*.safetensors"))
         packed = sum(path.stat().st_size for path in shards)
         written = write_speed(folder, shards[0])
@@ -246,6 +278,8 @@ def main() -> None:
     work = seconds - startup
     print(f"command: {seconds:.1f} s, of which start-up (imports, model on meta, plan) {startup:.1f} s")
     print(f"streaming: {total / work / 1e9:.2f} GB/s of input ({total / seconds / 1e9:.2f} with start-up)")
+    parts = {name.removeprefix("qlora-rs-") or "pool": took for name, took in fastest.cores.items() if took >= 0.05}
+    print("core-seconds: " + ", ".join(f"{name} {took:.2f}" for name, took in sorted(parts.items())))
     slowest = min(limits, key=lambda name: limits[name])
     print(f"share of the slowest limit ({slowest}): {total / work / 1e9 / limits[slowest]:.0%}")
     print(f"peak RSS: {peak:.2f} GiB (bar {RSS_LIMIT_GIB}): {'ok' if peak <= RSS_LIMIT_GIB else 'MISSED'}")

@@ -35,7 +35,7 @@ def quantize(
     dry_run: bool = False,
     num_threads: int = 0,
     max_shard_size: int = 5_000_000_000,
-    slice_bytes: int = 8 << 20,
+    slice_bytes: int = 2 << 20,
     progress: Callable[[int, int], object] | None = None,
 ) -> QuantizeReport:
     """Quantize a Hugging Face model folder (safetensors in bfloat16, float16 or float32) into a packed one.

@@ -19,8 +19,9 @@ use crate::slices::Buffer;
 use crate::worker::Worker;
 use crate::writer::Writer;
 
-/// Slices of a file in flight: being read, hashed, quantized, and one waiting.
-const BUFFERS: usize = 4;
+/// Slices of a file in flight: being read, hashed, quantized, and some waiting, so that nobody waits for a thread that the
+/// system lets wait.
+const BUFFERS: usize = 12;
 /// Files in work at a time: SHA-256 takes a file from front to back on one thread, which keeps up with a quarter of a
 /// fast disk.
 const LANES: usize = 4;
@@ -36,7 +37,7 @@ pub struct PackOptions {
 
 impl Default for PackOptions {
     fn default() -> Self {
-        Self { slice_bytes: 8 << 20, num_threads: 0 }
+        Self { slice_bytes: 2 << 20, num_threads: 0 }
     }
 }
 

@@ -61,11 +61,12 @@ where
     py.detach(|| {
         std::thread::scope(|scope| {
             let (finished, wait) = mpsc::channel::<()>();
-            let worker = scope.spawn(|| {
+            let worker = std::thread::Builder::new().name("qlora-rs-work".to_owned()).spawn_scoped(scope, || {
                 // Dropped on every way out, a panic included: that is what wakes the waiting thread.
                 let _finished = finished;
                 work(&control)
             });
+            let worker = worker.expect("a system that runs Python has a thread to give");
             let mut interruption = None;
             while wait.recv_timeout(POLL) == Err(RecvTimeoutError::Timeout) {
                 if interruption.is_none()

@@ -6,7 +6,7 @@ use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use qlora_core::Control;
-use rustix::fs::{FallocateFlags, OFlags, fallocate};
+use rustix::fs::{FallocateFlags, FsWord, OFlags, fallocate, fstatfs};
 use rustix::io::{Errno, retry_on_intr};
 
 use crate::behind::WORTH_TELLING;
@@ -141,8 +141,15 @@ impl Writer {
     }
 }
 
+/// What a file system in memory calls itself.
+const TMPFS: FsWord = 0x0102_1994;
+
 /// Give the file its size, with blocks behind it where the file system can.
 fn reserve(file: &File, bytes: u64) -> io::Result<()> {
+    if fstatfs(file)?.f_type == TMPFS {
+        // It would find and clear all of the memory first, while everything else waits.
+        return file.set_len(bytes);
+    }
     match retry_on_intr(|| fallocate(file, FallocateFlags::empty(), 0, bytes)) {
         Err(Errno::OPNOTSUPP | Errno::NOSYS | Errno::INVAL) => file.set_len(bytes),
         outcome => outcome.map_err(io::Error::from),

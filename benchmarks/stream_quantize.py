@@ -180,8 +180,8 @@ def read_speed(folder: Path) -> float:
     return total / (time.perf_counter() - start) / 1e9
 
 
-def write_speed(folder: Path, like: Path) -> float:
-    """GB/s of writing 1 GiB of ``like``'s bytes to the disk, through the page cache or past it: the faster way."""
+def write_speed(folder: Path, like: Path, total: int) -> float:
+    """GB/s of writing ``total`` bytes like those to the disk, through the page cache or past it: the faster way."""
     data = mmap.mmap(-1, 8 * PIECE)  # whole pages, as writing past the page cache needs
     with open(like, "rb", buffering=0) as file:
         file.readinto(data)
@@ -194,11 +194,12 @@ def write_speed(folder: Path, like: Path) -> float:
             continue
         try:
             start = time.perf_counter()
-            for piece in range(16 * 8):
+            pieces = -(-total // PIECE)
+            for piece in range(pieces):
                 at = piece % 8 * PIECE
                 os.write(file_number, memoryview(data)[at : at + PIECE])
             os.fsync(file_number)
-            fastest = max(fastest, 16 * len(data) / (time.perf_counter() - start) / 1e9)
+            fastest = max(fastest, pieces * PIECE / (time.perf_counter() - start) / 1e9)
         finally:
             os.close(file_number)
             path.unlink()
@@ -251,15 +252,10 @@ def main() -> None:
         all_rss = run_child(f"{imports}; from transformers import AutoConfig, LlamaForCausalLM").peak
         drop_cache(source)
         limits = {"disk, read": read_speed(source), "sha256": hash_speed(), "quantize in memory": quantize_speed()}
-        command = (
-            "from qlora_rs.cli import main; main()",
-            "quantize",
-            str(source),
-            str(target),
-            "--overwrite",
-        )
+        command = ("from qlora_rs.cli import main; main()", "quantize", str(source), str(target))
         runs, startups = [], []
         for _ in range(options.repeat):
+            shutil.rmtree(target, ignore_errors=True)
             startups.append(run_child(*command, "--dry-run").seconds)
             drop_cache(source)
             runs.append(run_child(*command))
@@ -268,7 +264,7 @@ def main() -> None:
         startup, seconds, peak = min(startups), fastest.seconds, max(run.peak for run in runs)
         shards = list(target.glob("*.safetensors"))
         packed = sum(path.stat().st_size for path in shards)
-        written = write_speed(folder, shards[0])
+        written = write_speed(folder, shards[0], packed)
         limits[f"disk, write at {written:.2f}"] = written * total / packed
     finally:
         shutil.rmtree(folder, ignore_errors=True)

@@ -33,6 +33,7 @@ import numpy as np
 
 GIB = 1 << 30
 PIECE = 8 << 20
+REST = 5.0  # seconds
 RSS_LIMIT_GIB = 1.5
 HIDDEN, INTERMEDIATE, KV, VOCAB = 4096, 14336, 1024, 128_256
 
@@ -181,7 +182,11 @@ def read_speed(folder: Path) -> float:
 
 
 def write_speed(folder: Path, like: Path, total: int) -> float:
-    """GB/s of writing ``total`` bytes like those to the disk, through the page cache or past it: the faster way."""
+    """GB/s of writing ``total`` bytes like those to the disk, through the page cache or past it: the faster way.
+
+    NOTE: it waits before it writes, as a command that starts up does: a virtual machine may give free memory back to its
+    host, after which writing a page takes several times as long.
+    """
     data = mmap.mmap(-1, 8 * PIECE)  # whole pages, as writing past the page cache needs
     with open(like, "rb", buffering=0) as file:
         file.readinto(data)
@@ -193,8 +198,9 @@ def write_speed(folder: Path, like: Path, total: int) -> float:
         except OSError:  # a file system without: in memory, for instance
             continue
         try:
-            start = time.perf_counter()
             pieces = -(-total // PIECE)
+            time.sleep(REST)
+            start = time.perf_counter()
             for piece in range(pieces):
                 at = piece % 8 * PIECE
                 os.write(file_number, memoryview(data)[at : at + PIECE])

@@ -184,8 +184,8 @@ def read_speed(folder: Path) -> float:
 def write_speed(folder: Path, like: Path, total: int) -> float:
     """GB/s of writing ``total`` bytes like those to the disk, through the page cache or past it: the faster way.
 
-    NOTE: it waits before it writes, as a command that starts up does: a virtual machine may give free memory back to its
-    host, after which writing a page takes several times as long.
+    NOTE: it waits before it writes, as a command that starts up does: a virtual machine may give free memory back to
+    its host, after which writing a page takes several times as long.
     """
     data = mmap.mmap(-1, 8 * PIECE)  # whole pages, as writing past the page cache needs
     with open(like, "rb", buffering=0) as file:

@@ -5,7 +5,8 @@
 // sum; bias and the low-rank term are added in float32, and the result is rounded once.
 // Layout: `Linear4bit` in linear_4bit_problem.cuh. A row tile is 16 rows, a chunk is BLOCKS blocks of 64 columns, a
 // stage is one row tile by one chunk, a token tile is 8 tokens.
-// Grid: CTA i of G owns the row tiles [tiles * i / G, tiles * (i + 1) / G), at most ROW_TILES of them, over all of K.
+// Grid: CTA (i, j) of (G, H) owns the row tiles [tiles * i / G, tiles * (i + 1) / G), at most ROW_TILES of them, over all of
+// K, and TOKENS tokens from j * TOKENS on, where kernels do that; others have all tokens at once, H = 1.
 // Its warps take chunks in turn: a warp keeps its chunk's tokens in registers, walks over the row tiles, and keeps one
 // accumulator a tile; so there is no barrier until the warps' sums are added, in the order of the warps, at the end.
 // Packed bytes stream through a ring of STAGES a warp, which is what keeps enough of them on the way to fill the memory
@@ -32,6 +33,8 @@ template <int ROW_TILES_, int TOKEN_TILES_, int WARPS_, int BLOCKS_> struct Smal
     static constexpr int THREADS = 32 * WARPS;
     static constexpr int STAGES = 3;
     static constexpr int TOKENS = 8 * TOKEN_TILES;
+    // Whether CTAs share the tokens: where registers allow to know which.
+    static constexpr bool SHARES_TOKENS = BLOCKS == 2 && TOKEN_TILES <= 2;
     static constexpr int CODE_BYTES = 16 * 32 * BLOCKS;  // of a stage: 16 rows x BLOCKS blocks of 64
     static constexpr int STAGE_BYTES = CODE_BYTES + 16 * 4 * BLOCKS;
     static constexpr int MAP_BYTES = 256 * 4;
@@ -274,8 +277,23 @@ __device__ __forceinline__ void multiply_stage(uint32_t codes, uint32_t scales, 
     }
 }
 
+// The part of a problem that this CTA's tokens are.
 template <typename T, typename SHAPE>
-__device__ __forceinline__ void linear_4bit(const Linear4bit<T>& p, const Codebook& codebook) {
+__device__ __forceinline__ Linear4bit<T> of_these_tokens(const Linear4bit<T>& all) {
+    Linear4bit<T> p = all;
+    if (SHAPE::SHARES_TOKENS) {
+        const int first = blockIdx.y * SHAPE::TOKENS;
+        p.x += static_cast<int64_t>(first) * p.K;
+        p.y += static_cast<int64_t>(first) * p.N;
+        if (p.lora.xa != nullptr) p.lora.xa += static_cast<int64_t>(first) * p.lora.rank;
+        p.M = min(p.M - first, SHAPE::TOKENS);
+    }
+    return p;
+}
+
+template <typename T, typename SHAPE>
+__device__ __forceinline__ void linear_4bit(const Linear4bit<T>& all, const Codebook& codebook) {
+    const Linear4bit<T> p = of_these_tokens<T, SHAPE>(all);
     launch_dependents();
     extern __shared__ __align__(128) char shared[];
     char* table_memory = shared;

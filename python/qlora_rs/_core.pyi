@@ -137,13 +137,18 @@ class DeviceWeight:
         x W^T + bias (+ scale * xa B^T, `lora` being xa (..., r), B (out, r) and scale), rounded once: x (..., in) in bfloat16
         or float16, everything else in its dtype, where `fuses` says so.
         """
-    def plain_linear(
-        self, /, x: Any, codes: Any, absmax: Any, scale: Any | None, offset: Any | None, bias: Any | None
+    def plain_dequantize(
+        self, /, dtype: Any, codes: Any, absmax: Any, scale: Any | None, offset: Any | None
     ) -> Any | None:
+        """
+        `dequantize` where the weight is in these tensors and nobody watches; else None.
+        """
+    def plain_linear(self, /, x: Any, parameters: dict[str, Any]) -> Any | None:
         """
         `linear` without a term, for the plain call: x an ordinary tensor on the weight's device, contiguous, of few tokens in
         bfloat16 or float16, the bias in the same dtype, no gradient wanted, no autocast, nobody watching, and the weight in
-        these tensors. None where anything is otherwise: whoever asked does it step by step.
+        these parameters of a layer, as a module keeps them. None where anything is otherwise: whoever asked does it step by
+        step.
         """
     @property
     def shape(self, /) -> tuple[int, ...]:

@@ -40,10 +40,16 @@ def are_plain(parts: Parts) -> bool:
     return all(part is None or type(part) in _PLAIN for part in parts)
 
 
+def known_device_weight(packed: PackedTensor) -> DeviceWeight | None:
+    """What `device_weight` last gave for a packed tensor, whose memory may have changed since."""
+    weight: DeviceWeight | None = packed.__dict__.get("_device_weight")
+    return weight
+
+
 def device_weight(packed: PackedTensor) -> DeviceWeight:
     """What the kernels take of a packed tensor, made once for each."""
     parts = (packed.codes, packed.absmax, packed.absmax_scale, packed.absmax_offset)
-    weight: DeviceWeight | None = packed.__dict__.get("_device_weight")
+    weight = known_device_weight(packed)
     if weight is None or not weight.holds(*parts):
         weight = ops.device_weight(*parts, packed.shape[-1], packed.spec)
         object.__setattr__(packed, "_device_weight", weight)  # beside the frozen fields

@@ -146,9 +146,13 @@ class Linear4bit(nn.Linear):
         """x of shape (..., in), float32, bfloat16 or float16 (under autocast its type) -> (..., out) in that type."""
         if torch.compiler.is_compiling():
             return self._multiply(x, self.bias)
-        plain = self._plain_product(x)
-        if plain is not None:
-            return plain
+        known = self._product.known
+        if known is not None and self.paged is None:
+            # Few tokens on a device, all as it was at the last call. The names are looked up there: nn.Module's own way
+            # to attributes takes as long as a launch.
+            plain: Tensor | None = known.plain_linear(x, self._parameters)
+            if plain is not None:
+                return plain
         if forward_ad._current_level >= 0:
             primal, tangent = forward_ad.unpack_dual(x)
             if tangent is not None:  # which operators would drop without a word
@@ -156,22 +160,6 @@ class Linear4bit(nn.Linear):
                 dual: Tensor = forward_ad.make_dual(y, slope)
                 return dual
         return self._multiply(x, self.bias)
-
-    def _plain_product(self, x: Tensor) -> Tensor | None:
-        """The product of few tokens on a device, where all is as it was at the last call; else None."""
-        weight = self._product.known
-        if weight is None or self.paged is not None:
-            return None
-        held = self._parameters.get  # past nn.Module's own way to attributes, which takes as long as a launch
-        y: Tensor | None = weight.plain_linear(
-            x,
-            held("weight"),
-            held("weight_absmax"),
-            held("weight_absmax_scale"),
-            held("weight_absmax_offset"),
-            held("bias"),
-        )
-        return y
 
     def _multiply(self, x: Tensor, bias: Tensor | None) -> Tensor:
         parts = self.parts()

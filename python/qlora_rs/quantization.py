@@ -64,6 +64,13 @@ def dequantize(packed: PackedTensor, dtype: torch.dtype | None = None) -> Tensor
         ValueError: a code lies outside the codebook (on a CUDA device, where asking would wait for it: NaN there).
     """
     dtype = packed.dtype if dtype is None else dtype
+    known = None if torch.compiler.is_compiling() else direct.known_device_weight(packed)
+    if known is not None:
+        plain: Tensor | None = known.plain_dequantize(
+            dtype, packed.codes, packed.absmax, packed.absmax_scale, packed.absmax_offset
+        )
+        if plain is not None:
+            return plain
     if packed.flat:
         return dequantize(packed.as_row(), dtype).view(packed.shape)
     if packed.codes.is_cuda and dtype in FLOAT_DTYPES and direct.unwatched(packed.codes):

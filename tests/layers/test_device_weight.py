@@ -99,7 +99,7 @@ def test_on_the_cpu_no_product_is_plain() -> None:
     layer, weight = layer_and_weight()
     x = torch.randn(2, 192, dtype=torch.bfloat16)
     assert not weight.fuses(1, torch.bfloat16)
-    assert weight.plain_linear(x, *layer.parts(), None) is None
+    assert weight.plain_linear(x, layer._parameters) is None
     layer._product.known = weight  # as after a call on a device, from which the layer came back
     with torch.no_grad():
         assert torch.equal(layer(x), torch.ops.qlora_rs.linear(x, *layer.parts(), 192, "nf4", 64, None, layer.bias))

@@ -1,7 +1,7 @@
 //! Devices as this process uses them: the primary context, which torch shares, and what the kernels must know.
 
-use std::sync::atomic::{AtomicU32, Ordering};
-use std::sync::{Mutex, OnceLock};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Mutex, Once, OnceLock};
 
 use cudarc::driver::{result, sys};
 
@@ -45,19 +45,31 @@ unsafe impl Sync for Device {}
 
 static DEVICES: [OnceLock<Device>; MAX_DEVICES] = [const { OnceLock::new() }; MAX_DEVICES];
 static STARTING: Mutex<()> = Mutex::new(());
-/// The process that started CUDA; 0 before.
-static OWNER: AtomicU32 = AtomicU32::new(0);
+/// Is this process a child of one that had started CUDA?
+static FORKED: AtomicBool = AtomicBool::new(false);
 
 /// A forked child cannot use the devices of its parent.
 ///
 /// # Errors
 /// [`CudaError::Forked`] there.
 pub(crate) fn not_forked() -> Result<(), CudaError> {
-    let owner = OWNER.load(Ordering::Acquire);
-    if owner != 0 && owner != std::process::id() {
-        return Err(CudaError::Forked);
+    if FORKED.load(Ordering::Relaxed) { Err(CudaError::Forked) } else { Ok(()) }
+}
+
+/// Have children of this process told that they are. Asking for the process's number instead would be a system call in
+/// every launch.
+fn watch_forks() {
+    extern "C" fn in_child() {
+        if DEVICES.iter().any(|slot| slot.get().is_some()) {
+            FORKED.store(true, Ordering::Relaxed);
+        }
     }
-    Ok(())
+    static WATCHED: Once = Once::new();
+    WATCHED.call_once(|| {
+        // SAFETY: the handler only looks at atomics and sets one; code of an extension is never unloaded.
+        let error = unsafe { libc::pthread_atfork(None, None, Some(in_child)) };
+        assert_eq!(error, 0, "out of memory for a handler of forks");
+    });
 }
 
 /// The device of this index, its primary context retained on the first call.
@@ -78,8 +90,8 @@ pub fn device(ordinal: i32) -> Result<&'static Device, CudaError> {
     }
     let slot = slot.filter(|_| ordinal < count).ok_or(CudaError::Ordinal { ordinal, count })?;
     if slot.get().is_none() {
+        watch_forks();
         let device = open(ordinal, version)?;
-        OWNER.store(std::process::id(), Ordering::Release);
         // Nobody else can have filled it: the lock is held.
         let _ = slot.set(device);
     }

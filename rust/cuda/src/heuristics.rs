@@ -37,7 +37,8 @@ pub struct Plan {
     pub file: &'static str,
     /// What follows the type in the kernel's name: `t4_n1_w8_c4`.
     pub entry: &'static str,
-    /// The grid; where `grid.2 > 1` it is also the cluster's extent in z.
+    /// The grid: of `linear_4bit`, CTAs that share the rows, and the tokens; where `grid.2 > 1` it is also the cluster's
+    /// extent in z.
     pub grid: (u32, u32, u32),
     /// Threads of a CTA.
     pub threads: u32,
@@ -101,7 +102,8 @@ pub fn plan(product: &Product, target: &Target) -> Plan {
     }
 }
 
-/// A configuration of `linear_4bit`: see `SmallShape` in `kernels/include/linear_4bit.cuh`.
+/// A configuration of `linear_4bit`: see `SmallShape` in `kernels/include/linear_4bit.cuh`. Those of chunks of two blocks and
+/// up to two token tiles let CTAs share the tokens.
 struct Small {
     file: &'static str,
     entry: &'static str,
@@ -134,7 +136,7 @@ impl Small {
         Plan {
             file: self.file,
             entry: self.entry,
-            grid: (ctas, 1, 1),
+            grid: (ctas, product.tokens.div_ceil(8 * self.token_tiles), 1),
             threads: 32 * self.warps,
             shared_bytes: TABLES + rings.max(self.warps * slice) + if product.lora { slice } else { 0 },
         }
@@ -166,7 +168,11 @@ fn one_token_tile(product: &Product, target: &Target) -> Plan {
 
 fn two_token_tiles(product: &Product, target: &Target) -> Plan {
     let tiles = row_tiles(product);
-    // 4096 x 4096: 7.7, MANY_ROWS 8.6; 1024 x 4096: 6.5 and 5.4
+    if tiles * product.tokens.div_ceil(8) <= target.sms {
+        // Eight tokens a CTA. 512 x 2048: 2.5, MANY_ROWS 3.2; 1024 x 8192: 7.5 and 8.1; 1024 x 4096: 5.0 and 5.0
+        return FEW_ROWS.on(tiles, product, target);
+    }
+    // 4096 x 4096: 7.7, MANY_ROWS 8.6
     if (target.sms + 1..=2 * target.sms).contains(&tiles) && product.columns <= 8192 {
         return SIXTEEN_TOKENS.on(target.sms, product, target);
     }
@@ -188,6 +194,14 @@ fn two_token_tiles(product: &Product, target: &Target) -> Plan {
 
 fn four_token_tiles(product: &Product, target: &Target) -> Plan {
     let tiles = row_tiles(product);
+    if tiles * product.tokens.div_ceil(8) <= target.sms {
+        return FEW_ROWS.on(tiles, product, target); // eight tokens a CTA
+    }
+    if tiles <= target.sms || tiles <= 2 * target.sms && product.columns <= 8192 {
+        // Sixteen tokens a CTA. 1024 x 4096: 7.1, THIRTY_TWO_TOKENS 8.5; 2048 x 4096: 8.0 and 9.2; 1024 x 8192: 12.2 and 14.2;
+        // 4096 x 2048: 6.9 and 7.5; 4096 x 4096: 11.3 and 11.4
+        return SIXTEEN_TOKENS.on(tiles.min(target.sms), product, target);
+    }
     // Whole waves of one CTA an SM. 14336 x 4096: 22.2, MMA_64 about 31; 28672 x 8192: 83.5, about 119
     let ctas = tiles.div_ceil(THIRTY_TWO_TOKENS.row_tiles).next_multiple_of(target.sms).min(tiles);
     let plan = THIRTY_TWO_TOKENS.on(ctas, product, target);
@@ -292,6 +306,9 @@ mod tests {
         assert_eq!(launch(8, 4096, 14336), ("t2_n1_w16_c2", (132, 1, 1)));
         assert_eq!(launch(1, 14336, 4096), ("t4_n1_w8_c4", (264, 1, 1)));
         assert_eq!(launch(1, 28672, 8192), ("t7_n1_w8_c4", (256, 1, 1)));
+        assert_eq!(launch(16, 512, 2048), ("t2_n1_w16_c2", (32, 2, 1)));
+        assert_eq!(launch(32, 1024, 4096), ("t4_n2_w8_c2", (64, 2, 1)));
+        assert_eq!(launch(32, 4096, 4096), ("t4_n2_w8_c2", (132, 2, 1)));
         assert_eq!(launch(16, 4096, 4096), ("t4_n2_w8_c2", (132, 1, 1)));
         assert_eq!(launch(16, 14336, 4096), ("t7_n2_w8_c4", (132, 1, 1)));
         assert_eq!(launch(32, 14336, 4096), ("t7_n4_w8_c2", (132, 1, 1)));
@@ -321,6 +338,10 @@ mod tests {
                     } else if plan.file.starts_with("linear_4bit") {
                         let most = plan.entry[1..2].parse::<u32>().expect("a digit");
                         assert!(row_tiles(&product).div_ceil(plan.grid.0) <= most, "{product:?}: {plan:?}");
+                        let at_once = 8 * plan.entry[4..5].parse::<u32>().expect("a digit");
+                        assert_eq!(plan.grid.1, tokens.div_ceil(at_once), "{product:?}: {plan:?}");
+                        let shares = plan.entry.ends_with("c2") && at_once <= 16;
+                        assert!(plan.grid.1 == 1 || shares, "{product:?}: {plan:?}");
                     } else {
                         assert!(u64::from(plan.grid.1) * 128 >= rows);
                     }

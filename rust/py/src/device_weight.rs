@@ -6,7 +6,7 @@ use std::sync::Mutex;
 use pyo3::exceptions::PyValueError;
 use pyo3::intern;
 use pyo3::prelude::*;
-use pyo3::types::{PyTuple, PyWeakrefMethods, PyWeakrefReference};
+use pyo3::types::{PyDict, PyString, PyTuple, PyWeakrefMethods, PyWeakrefReference};
 use qlora_core::{FloatType, Layout, QuantSpec};
 use qlora_cuda::{DevicePtr, DeviceScales, LowRank, Operands, Queue};
 
@@ -140,6 +140,23 @@ impl DeviceWeight {
         Ok(self.fuses_tokens(tokens) && is_half(Torch::get(dtype.py())?.float_type(dtype)))
     }
 
+    /// `dequantize` where the weight is in these tensors and nobody watches; else None.
+    #[pyo3(signature = (dtype, codes, absmax, scale, offset))]
+    fn plain_dequantize<'py>(
+        &self,
+        dtype: &Bound<'py, PyAny>,
+        codes: &Tensor<'py>,
+        absmax: &Tensor<'py>,
+        scale: Option<&Tensor<'py>>,
+        offset: Option<&Tensor<'py>>,
+    ) -> PyResult<Option<Tensor<'py>>> {
+        let torch = Torch::get(dtype.py())?;
+        let plain = torch.float_type(dtype).is_some()
+            && torch.is_unwatched(codes)?
+            && self.holds_all(&[Some(codes), Some(absmax), scale, offset])?;
+        if plain { self.dequantize(dtype).map(Some) } else { Ok(None) }
+    }
+
     /// The float weight, a new tensor of `dtype` (float32, bfloat16 or float16).
     fn dequantize<'py>(&self, dtype: &Bound<'py, PyAny>) -> PyResult<Tensor<'py>> {
         let py = dtype.py();
@@ -207,17 +224,9 @@ impl DeviceWeight {
 
     /// `linear` without a term, for the plain call: x an ordinary tensor on the weight's device, contiguous, of few tokens in
     /// bfloat16 or float16, the bias in the same dtype, no gradient wanted, no autocast, nobody watching, and the weight in
-    /// these tensors. None where anything is otherwise: whoever asked does it step by step.
-    #[pyo3(signature = (x, codes, absmax, scale, offset, bias))]
-    fn plain_linear<'py>(
-        &self,
-        x: &Tensor<'py>,
-        codes: &Tensor<'py>,
-        absmax: &Tensor<'py>,
-        scale: Option<&Tensor<'py>>,
-        offset: Option<&Tensor<'py>>,
-        bias: Option<&Tensor<'py>>,
-    ) -> PyResult<Option<Tensor<'py>>> {
+    /// these parameters of a layer, as a module keeps them. None where anything is otherwise: whoever asked does it step by
+    /// step.
+    fn plain_linear<'py>(&self, x: &Tensor<'py>, parameters: &Bound<'py, PyDict>) -> PyResult<Option<Tensor<'py>>> {
         let py = x.py();
         let torch = Torch::get(py)?;
         let (shape, columns) = (shape_of(x)?, self.layout.cols());
@@ -240,7 +249,11 @@ impl DeviceWeight {
             tokens: tokens as u32,
             dtype: float.unwrap_or(FloatType::F32),
         };
-        if let Some(bias) = bias {
+        let held = |name: &Bound<'py, PyString>| {
+            Ok::<_, PyErr>(parameters.get_item(name)?.filter(|parameter| !parameter.is_none()))
+        };
+        let bias = held(intern!(py, "bias"))?;
+        if let Some(bias) = &bias {
             let ordinary = torch.is_plain(bias) && bias.getattr(intern!(py, "dtype"))?.is(&dtype);
             if !ordinary || device_of(bias)? != self.ordinal || !is_contiguous(bias)? {
                 return Ok(None);
@@ -248,10 +261,16 @@ impl DeviceWeight {
             expect("bias", elements_of(bias)?, self.layout.rows())?;
             operands.bias = address_of(bias)? as DevicePtr;
         }
-        if torch.records(py)? && (requires_grad(x)? || bias.map_or(Ok(false), requires_grad)?) {
+        if torch.records(py)? && (requires_grad(x)? || bias.as_ref().map_or(Ok(false), requires_grad)?) {
             return Ok(None);
         }
-        if !self.holds_all(&[Some(codes), Some(absmax), scale, offset])? {
+        let parts = [
+            held(intern!(py, "weight"))?,
+            held(intern!(py, "weight_absmax"))?,
+            held(intern!(py, "weight_absmax_scale"))?,
+            held(intern!(py, "weight_absmax_offset"))?,
+        ];
+        if !self.holds_all(&parts.each_ref().map(Option::as_ref))? {
             return Ok(None);
         }
         self.launch(py, torch, shape, &dtype, operands).map(Some)

@@ -100,9 +100,9 @@ impl Torch {
         Ok(true)
     }
 
-    /// Does autocast choose the type of operands on CUDA devices?
+    /// Does autocast choose the type of operands on CUDA devices? They are what is meant where no kind is named.
     pub fn casts(&self, py: Python<'_>) -> PyResult<bool> {
-        self.autocast.bind(py).call1((intern!(py, "cuda"),))?.extract()
+        self.autocast.bind(py).call0()?.extract()
     }
 
     /// Are operations recorded for a backward pass?

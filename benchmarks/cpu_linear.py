@@ -11,6 +11,7 @@ processor has it), which needs the weight in a layout of its own, made once and 
 from __future__ import annotations
 
 import argparse
+import copy
 import math
 import statistics
 import subprocess
@@ -23,7 +24,7 @@ BLOCK_SIZE = 64
 SHAPES = ((4096, 4096), (14336, 4096))
 TOKENS = (1, 4, 8, 16, 32, 64)
 MUST_REACH = {1: 3.0, 4: 1.3, 32: 1.3}
-# Packed weights taken in turn, so that none is still in the cache.
+# Packed weights, each with scales of its own, taken in turn, so that none is still in the cache.
 PAST_CACHES = 160 << 20
 
 
@@ -46,7 +47,7 @@ def measure(rows: int, columns: int, tokens: list[int], repetitions: int, least:
     for dtype in (torch.float32, torch.bfloat16):
         dense = [weight.to(dtype) for _ in range(2)]
         codes, state = peer.quantize_4bit(dense[0], blocksize=BLOCK_SIZE, quant_type="nf4", compress_statistics=False)
-        theirs = [(codes.clone(), state) for _ in range(count)]
+        theirs = [(codes.clone(), copy.deepcopy(state)) for _ in range(count)]
         repacked = repack(peer, codes, state, count) if dtype == torch.bfloat16 else None
         for m in tokens:
             x = torch.randn(m, columns).to(dtype)
@@ -79,12 +80,10 @@ def clone(packed):  # type: ignore[no-untyped-def]
 
 def repack(peer, codes, state, count: int):  # type: ignore[no-untyped-def]
     """The peer's layout for its own kernel, so many times; None where it has none for this processor."""
-    import copy
-
     if not peer.has_avx512bf16():
         return None
     repacked, state = peer._convert_weight_packed_for_cpu(codes.clone(), copy.deepcopy(state))
-    return [(repacked.clone(), state) for _ in range(count)]
+    return [(repacked.clone(), copy.deepcopy(state)) for _ in range(count)]
 
 
 def in_turn(weights, function):  # type: ignore[no-untyped-def]

@@ -6,9 +6,9 @@
 //! by a fused multiply-add; at the end lane l + 8 is added to l, then l + 4, l + 2 and l + 1. Byte codes are dequantized
 //! to float32, a few rows at a time that stay in the cache, and added as `simd/dense.rs` says.
 //!
-//! NOTE: a bfloat16 product on a processor that multiplies this type has another order, as fixed as this one, and table
-//! entries rounded to bfloat16 (see `simd/matvec_bf16.rs`): it takes half the time, and errs by no more than the
-//! dequantized bfloat16 weight does.
+//! NOTE: a bfloat16 product on a processor that gains by multiplying this type itself (see `simd/matvec.rs`) has another
+//! order, as fixed as this one, and table entries rounded to bfloat16 (see `simd/matvec_bf16.rs`): it errs by no more than
+//! the dequantized bfloat16 weight does.
 
 use half::bf16;
 
@@ -24,6 +24,8 @@ use crate::spec::QuantSpec;
 
 /// Elements of a unit: no block size is less.
 pub(crate) const UNIT: usize = 32;
+/// Bytes of memory that come together.
+pub(crate) const LINE: usize = 64;
 /// Sums side by side.
 pub(crate) const LANES: usize = UNIT / 2;
 /// Rows whose scales are decoded, and whose results are rounded, at a time.
@@ -139,13 +141,13 @@ impl<'a> Job<'a> {
             return Ok(());
         }
         let products = Products { bias, y, parallel, control };
-        let multiplies_bf16 = T::TYPE == FloatType::Bf16 && simd::multiplies_bf16(self.level);
+        let by_bf16 = T::TYPE == FloatType::Bf16 && simd::gains_by_bf16(self.level);
         if self.weight.layout.bits() == 8 {
-            self.run_staged(&stage::<T, InOrder>(x, cols), products)
-        } else if multiplies_bf16 && self.weight.layout.block_size() >= bf16::LEAST_BLOCK {
-            self.run_staged(&stage::<T, bf16>(x, cols), products)
+            self.run_staged(stage::<T, InOrder>(x, cols).slice(), products)
+        } else if by_bf16 && self.weight.layout.block_size() >= bf16::LEAST_BLOCK {
+            self.run_staged(stage::<T, bf16>(x, cols).slice(), products)
         } else {
-            self.run_staged(&stage::<T, f32>(x, cols), products)
+            self.run_staged(stage::<T, f32>(x, cols).slice(), products)
         }
     }
 
@@ -194,20 +196,20 @@ impl<'a> Job<'a> {
             let here = ROWS_AT_A_TIME.min(rows - start);
             let first = piece.first + start;
             let sums = &mut sums[..tokens * here];
-            let absmax = match self.weight.scales {
-                Scales::Plain(absmax) => &absmax[first * per_row..(first + here) * per_row],
+            let (own, after) = (first * per_row..(first + here) * per_row, (first + here) * per_row);
+            let (absmax, upcoming, scale_bytes) = match self.weight.scales {
+                Scales::Plain(absmax) => (&absmax[own], bytemuck::cast_slice(&absmax[after..]), size_of::<f32>()),
                 Scales::Nested { codes, scale, offset } => {
                     let absmax = &mut buffer[..per_row * here];
-                    decode_scales(self.level, codes, scale, offset[0], first * per_row, absmax);
-                    // The kernels see to the weight's own codes that come next.
-                    let next = (first + here) * per_row;
-                    simd::prefetch(&codes[next..next + per_row * ROWS_AT_A_TIME.min(rows - start - here)]);
-                    absmax
+                    decode_scales(self.level, codes, scale, offset[0], own.start, absmax);
+                    (&*absmax, &codes[after..], 1)
                 }
             };
             let strip = Strip {
                 codes: &self.weight.codes[first * layout.bytes_per_row()..(first + here) * layout.bytes_per_row()],
                 absmax,
+                upcoming,
+                scale_bytes,
                 cols: layout.cols(),
                 block_size: layout.block_size(),
                 table,
@@ -248,13 +250,13 @@ struct Products<'a, T> {
 /// Tokens unit by unit, zeros after the last. Of each [`Staged::APART`] consecutive elements of a unit all the first ones
 /// come first, then the second ones: the order in which vectors of codes give theirs. Into a type that holds every x
 /// exactly.
-fn stage<T: Element, X: Staged>(x: &[T], cols: usize) -> Vec<X> {
+fn stage<T: Element, X: Staged>(x: &[T], cols: usize) -> Aligned<X> {
     if cols == 0 {
-        return Vec::new();
+        return Aligned::zeros(0);
     }
     let padded = cols.next_multiple_of(X::UNIT);
-    let mut staged = vec![X::exactly(0.0); x.len() / cols * padded];
-    for (token, staged) in x.chunks_exact(cols).zip(staged.chunks_exact_mut(padded)) {
+    let mut staged = Aligned::zeros(x.len() / cols * padded);
+    for (token, staged) in x.chunks_exact(cols).zip(staged.slice_mut().chunks_exact_mut(padded)) {
         for (from, unit) in token.chunks(X::UNIT).zip(staged.chunks_exact_mut(X::UNIT)) {
             let part = X::UNIT / X::APART;
             for (index, group) in from.chunks(X::APART).enumerate() {
@@ -267,11 +269,37 @@ fn stage<T: Element, X: Staged>(x: &[T], cols: usize) -> Vec<X> {
     staged
 }
 
+/// Elements that begin where a line of memory does, so that no vector of them lies in two.
+struct Aligned<X> {
+    memory: Vec<X>,
+    start: usize,
+    len: usize,
+}
+
+impl<X: Staged> Aligned<X> {
+    fn zeros(len: usize) -> Self {
+        let memory = vec![X::exactly(0.0); len + LINE / size_of::<X>()];
+        let start = memory.as_ptr().align_offset(LINE);
+        Self { memory, start, len }
+    }
+
+    fn slice(&self) -> &[X] {
+        &self.memory[self.start..self.start + self.len]
+    }
+
+    fn slice_mut(&mut self) -> &mut [X] {
+        &mut self.memory[self.start..self.start + self.len]
+    }
+}
+
 /// Some whole rows and all tokens.
 pub(crate) struct Strip<'a, X: Staged> {
     pub(crate) codes: &'a [u8],
     /// Of each row in turn.
     pub(crate) absmax: &'a [f32],
+    /// Scales of the rows after these, as they are stored: `scale_bytes` each.
+    pub(crate) upcoming: &'a [u8],
+    pub(crate) scale_bytes: usize,
     pub(crate) cols: usize,
     pub(crate) block_size: usize,
     pub(crate) table: &'a X::Table,
@@ -341,4 +369,70 @@ pub(crate) fn add_lanes(mut lanes: [f32; LANES]) -> f32 {
         width /= 2;
     }
     lanes[0]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::quantize::quantize;
+    use crate::simd::{SimdLevel, multiplies_bf16};
+    use crate::{Nonfinite, QuantType};
+
+    /// Numbers without order between -1 and 1.
+    fn numbers(count: usize, seed: u32) -> Vec<f32> {
+        let mut state = seed;
+        let mut next = || {
+            state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+            (f64::from(state >> 8) / f64::from(1 << 23) - 1.0) as f32
+        };
+        (0..count).map(|_| next()).collect()
+    }
+
+    /// Products of bfloat16 tokens by each way of multiplying them that the processor has, whichever it gains by.
+    #[test]
+    fn bf16_products_by_either_multiplication_are_those_of_the_dequantized_weight() {
+        let (control, parallel) = (Control::default(), Parallel::new(1));
+        for (rows, cols, block_size) in [(1, 1, 64), (7, 127, 64), (29, 449, 64), (50, 1153, 128), (26, 640, 4096)] {
+            let spec = QuantSpec::new(QuantType::Nf4, block_size, false, None).expect("a spec");
+            let layout = Layout::new(1, rows, cols, &spec).expect("a layout");
+            let (mut codes, mut absmax) = (vec![0; layout.code_bytes()], vec![0.0; layout.blocks()]);
+            let weight = numbers(rows * cols, 7);
+            let input = Floats::F32(&weight);
+            quantize(input, &layout, &spec, Nonfinite::Raise, &mut codes, &mut absmax, &parallel, &control)
+                .expect("finite");
+            let mut dequantized = vec![0.0; rows * cols];
+            let scales = Scales::Plain(&absmax);
+            let out = FloatsMut::F32(&mut dequantized);
+            crate::dequantize::dequantize(&codes, scales, &layout, &spec, out, &parallel, &control).expect("fits");
+            let packed = PackedMatrix { codes: &codes, scales, layout: &layout, spec: &spec };
+            let job = Job::new(SimdLevel::detected(), &packed).expect("fits");
+            for tokens in [1, 2, 3, 4, 5, 9] {
+                let x: Vec<bf16> = numbers(tokens * cols, 11).into_iter().map(bf16::from_f32).collect();
+                let mut ways = vec![vec![bf16::NAN; tokens * rows]; 2];
+                let mut run = |way: usize| {
+                    let products = Products { bias: None, y: &mut ways[way], parallel: &parallel, control: &control };
+                    match way {
+                        0 => job.run_staged(stage::<bf16, f32>(&x, cols).slice(), products),
+                        _ => job.run_staged(stage::<bf16, bf16>(&x, cols).slice(), products),
+                    }
+                };
+                run(0).expect("fits");
+                if multiplies_bf16(SimdLevel::detected()) {
+                    run(1).expect("fits");
+                } else {
+                    ways.truncate(1);
+                }
+                for y in &ways {
+                    for (token, y) in x.chunks_exact(cols).zip(y.chunks_exact(rows)) {
+                        for (row, y) in dequantized.chunks_exact(cols).zip(y) {
+                            let terms = || row.iter().zip(token).map(|(w, x)| f64::from(*w) * x.to_f64());
+                            let (want, size) = (terms().sum::<f64>(), terms().map(f64::abs).sum::<f64>());
+                            // The result is rounded by up to 2^-9 of it, and so may the table's entries be.
+                            assert!((y.to_f64() - want).abs() <= size / 250.0, "{rows} x {cols}, {tokens}: {y} {want}");
+                        }
+                    }
+                }
+            }
+        }
+    }
 }

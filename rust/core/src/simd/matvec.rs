@@ -1,25 +1,39 @@
 //! Which kernel multiplies packed rows with tokens.
 
-use std::arch::x86_64::{_MM_HINT_T1, _mm_prefetch};
+use std::arch::x86_64::{__cpuid, _MM_HINT_T1, _mm_prefetch};
+use std::sync::OnceLock;
 
 use half::bf16;
 
 use super::{Kernels, SimdLevel, dense, matvec_avx2, matvec_avx512, matvec_bf16};
 use crate::codebook::Codebook;
 use crate::dequantize::{Table, dequantize_block};
-use crate::matvec::{self, LANES, Strip, UNIT};
+use crate::matvec::{self, LANES, LINE, Strip, UNIT};
 
-/// Does this level use the processor's own bfloat16 products?
+/// Does the processor multiply bfloat16 itself, at this level?
 pub(crate) fn multiplies_bf16(level: SimdLevel) -> bool {
     level == SimdLevel::Avx512 && is_x86_feature_detected!("avx512bf16")
 }
 
-/// Have memory brought into the caches while something else is done.
-pub(crate) fn prefetch<T>(data: &[T]) {
-    for line in (0..size_of_val(data)).step_by(64) {
-        // SAFETY: every x86-64 processor has the instruction, which may name any address.
-        unsafe { _mm_prefetch::<_MM_HINT_T1>(data.as_ptr().cast::<i8>().wrapping_add(line)) };
+/// Are products of bfloat16 faster by the processor's own instruction than in float32?
+///
+/// NOTE: with two products a lane they are where more than half as many of them are started as of float32's multiply-adds.
+/// AMD's Zen 5 starts 93 % as many (7.6 and 8.2 billion a second), Intel's Emerald Rapids 26 % (1.27 and 4.94): there 32
+/// tokens would take one and a half times as long, and one no less. Told by the maker's name, not by a clock: the order of
+/// sums must not depend on what else the machine does.
+pub(crate) fn gains_by_bf16(level: SimdLevel) -> bool {
+    static AMD: OnceLock<bool> = OnceLock::new();
+    multiplies_bf16(level) && *AMD.get_or_init(|| vendor() == *b"AuthenticAMD")
+}
+
+/// The maker's name in the processor.
+fn vendor() -> [u8; 12] {
+    let leaf = __cpuid(0);
+    let mut name = [0; 12];
+    for (part, register) in name.chunks_exact_mut(4).zip([leaf.ebx, leaf.edx, leaf.ecx]) {
+        part.copy_from_slice(&register.to_le_bytes());
     }
+    name
 }
 
 /// A type that tokens are multiplied in.
@@ -138,6 +152,49 @@ impl<X: Staged> Corner<X> {
         }
     }
 }
+
+/// What comes after some rows in memory, for a kernel to ask for while it computes: as many lines of codes as it reads, in
+/// the order of addresses, and the scales.
+///
+/// NOTE: scales matter as much as codes. A line of them lasts for a thousand weights, so that the processor foresees none,
+/// and waiting for one holds up everything read after it; so does asking for many lines at once.
+#[derive(Clone, Copy)]
+pub(super) struct Ahead {
+    codes: *const u8,
+    scales: *const u8,
+    scale_bytes: usize,
+}
+
+impl Ahead {
+    /// Of `count` rows from `row` on.
+    #[inline]
+    pub(super) fn of<X: Staged>(strip: &Strip<'_, X>, row: usize, count: usize) -> Self {
+        let distance = (count * strip.bytes_per_row()).max(LEAST_AHEAD);
+        Self {
+            codes: strip.codes.as_ptr().wrapping_add(row * strip.bytes_per_row() + distance),
+            scales: strip.upcoming.as_ptr().wrapping_add(row * strip.blocks_per_row() * strip.scale_bytes),
+            scale_bytes: strip.scale_bytes,
+        }
+    }
+
+    /// The `nth` line of codes.
+    #[inline]
+    pub(super) fn codes(self, nth: usize) {
+        // SAFETY: every x86-64 processor has the instruction, which may name any address. Into the second-level cache:
+        // these rows, the next and a token would not fit the first together.
+        unsafe { _mm_prefetch::<_MM_HINT_T1>(self.codes.wrapping_add(nth * LINE).cast()) };
+    }
+
+    /// The line with the `nth` scale.
+    #[inline]
+    pub(super) fn scale(self, nth: usize) {
+        // SAFETY: as above.
+        unsafe { _mm_prefetch::<_MM_HINT_T1>(self.scales.wrapping_add(nth * self.scale_bytes).cast()) };
+    }
+}
+
+/// Codes that are asked for fewer bytes before their turn may come too late.
+const LEAST_AHEAD: usize = 16 << 10;
 
 /// `$name::<R, BLOCK>(strip, row, tokens, sums)`: all tokens of `R` rows, by calls of `$tile::<R, T, BLOCK>` with up to
 /// four tokens, as many each as can be.

@@ -3,8 +3,8 @@
 #[allow(clippy::wildcard_imports)] // the instruction set's own names
 use std::arch::x86_64::*;
 
-use super::matvec::{Corner, tiles};
-use crate::matvec::{LANES, Strip, UNIT};
+use super::matvec::{Ahead, Corner, tiles};
+use crate::matvec::{LANES, LINE, Strip, UNIT};
 
 /// See [`crate::matvec::strip_products`].
 ///
@@ -70,8 +70,8 @@ unsafe fn tile<const R: usize, const T: usize, const PER_BLOCK: usize>(
     // SAFETY: the table has 16 entries; rows and tokens lie in the strip.
     let (table, Corner { codes, absmax, x }) =
         unsafe { (_mm512_loadu_ps(strip.table.as_ptr()), Corner::of(strip, row, token)) };
-    // The rows that come next are where these end; the first tokens see them.
-    let ahead = if token == 0 { R * bytes_per_row } else { 0 };
+    // The first tokens see to the rows that come next.
+    let ahead = (token == 0).then(|| Ahead::of(strip, row, R));
     let mut accumulators = [[_mm512_setzero_ps(); R]; T];
     for block in 0..blocks {
         let mut values = [table; R];
@@ -79,19 +79,17 @@ unsafe fn tile<const R: usize, const T: usize, const PER_BLOCK: usize>(
             // SAFETY: a row has as many scales as blocks.
             *values = _mm512_mul_ps(table, _mm512_set1_ps(unsafe { *absmax.add(r * blocks + block) }));
         }
+        if let Some(ahead) = ahead {
+            ahead.scale(R * block);
+        }
         let first = block * per_block;
         for unit in first..first + if block < whole { per_block } else { units - first } {
             let mut bytes = [_mm_setzero_si128(); R];
             for (r, bytes) in bytes.iter_mut().enumerate() {
-                // SAFETY: a full unit's 16 bytes lie in the row. Prefetching may name any address.
-                unsafe {
-                    let from = codes.add(r * bytes_per_row + unit * LANES);
-                    *bytes = _mm_loadu_si128(from.cast());
-                    if ahead > 0 && unit.is_multiple_of(4) {
-                        let next = from.wrapping_add(ahead).cast();
-                        // These rows, the next and a token would not fit the first-level cache together.
-                        _mm_prefetch::<_MM_HINT_T1>(next);
-                    }
+                // SAFETY: a full unit's 16 bytes lie in the row.
+                *bytes = unsafe { _mm_loadu_si128(codes.add(r * bytes_per_row + unit * LANES).cast()) };
+                if let Some(ahead) = ahead.filter(|_| unit.is_multiple_of(LINE / LANES)) {
+                    ahead.codes(unit / (LINE / LANES) * R + r);
                 }
             }
             // SAFETY: a staged token has 32 floats for each unit.

@@ -12,12 +12,13 @@ use std::arch::x86_64::*;
 use half::bf16;
 
 use super::Staged;
-use super::matvec::{Corner, tiles};
-use crate::matvec::Strip;
+use super::matvec::{Ahead, Corner, tiles};
+use crate::matvec::{LINE, Strip};
 
 const UNIT: usize = bf16::UNIT;
 /// Of a unit's codes: a line of memory.
 const BYTES: usize = UNIT / 2;
+const _: () = assert!(BYTES == LINE);
 /// Two blocks a unit.
 const HALF_A_UNIT: usize = UNIT / 2;
 /// Blocks of any number of units.
@@ -47,10 +48,15 @@ unsafe fn strip_products_by<const BLOCK: usize>(strip: &Strip<'_, bf16>, sums: &
     let tokens = strip.tokens.len() / strip.token_len();
     let rows = sums.len() / tokens;
     let mut row = 0;
-    // Few tokens wait for memory, which comes fastest in four streams; many for registers, which three rows fill.
+    // One token waits for memory, which comes fastest in few streams; more wait for the second-level cache, where tokens
+    // of many columns lie, and many for registers, which three rows fill.
     // SAFETY: the caller's promise, for rows and tokens that are there.
     unsafe {
-        while tokens <= 2 && row + 4 <= rows {
+        while tokens == 1 && row + 2 <= rows {
+            tiles::<2, BLOCK>(strip, row, tokens, sums);
+            row += 2;
+        }
+        while tokens == 2 && row + 4 <= rows {
             tiles::<4, BLOCK>(strip, row, tokens, sums);
             row += 4;
         }
@@ -89,16 +95,18 @@ unsafe fn tile<const R: usize, const T: usize, const BLOCK: usize>(
     // Twice the same 16 words: the permutation's fifth index bit then makes no difference.
     // SAFETY: 16 bfloat16 are 32 bytes.
     let table = _mm512_broadcast_i64x4(unsafe { std::mem::transmute::<__m256bh, __m256i>(table) });
-    // The rows that come next are where these end; the first tokens see them. Into the second-level cache: the first is
-    // full of these rows and the tokens.
-    let ahead = if token == 0 { R * bytes_per_row } else { 0 };
+    // The first tokens see to the rows that come next.
+    let ahead = (token == 0).then(|| Ahead::of(strip, row, R));
     let mut accumulators = [[_mm512_setzero_ps(); R]; T];
     for index in 0..spans {
+        if let Some(ahead) = ahead {
+            ahead.scale(R * if BLOCK == HALF_A_UNIT { 2 * index } else { index });
+        }
         let mut of_span = [[_mm512_setzero_ps(); R]; T];
         for unit in index * span..(index + 1) * span {
             // SAFETY: whole units lie in the rows; a staged token has 128 elements for each.
             unsafe {
-                let bytes = load::<R>(codes.add(unit * BYTES), bytes_per_row, ahead);
+                let bytes = load::<R>(codes, unit, bytes_per_row, ahead);
                 step(&bytes, table, x.add(unit * UNIT), stride, &mut of_span);
             }
         }
@@ -110,7 +118,7 @@ unsafe fn tile<const R: usize, const T: usize, const BLOCK: usize>(
         for unit in spans * span..units {
             // SAFETY: as above.
             unsafe {
-                let bytes = load::<R>(codes.add(unit * BYTES), bytes_per_row, ahead);
+                let bytes = load::<R>(codes, unit, bytes_per_row, ahead);
                 step(&bytes, table, x.add(unit * UNIT), stride, &mut of_span);
             }
         }
@@ -133,22 +141,20 @@ unsafe fn tile<const R: usize, const T: usize, const BLOCK: usize>(
     }
 }
 
-/// Codes of a unit of each row, and a wish for those `ahead` bytes further on, unless that is 0.
+/// Codes of a unit of each row, and a wish for as many of those ahead.
 ///
 /// # Safety
-/// 64 bytes are readable at `from` and at every `stride` bytes after it; the processor has AVX-512.
+/// 64 bytes are readable at the unit's place after `codes` and at every `stride` bytes after it; the processor has
+/// AVX-512.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,f16c")]
-unsafe fn load<const R: usize>(from: *const u8, stride: usize, ahead: usize) -> [__m512i; R] {
+unsafe fn load<const R: usize>(codes: *const u8, unit: usize, stride: usize, ahead: Option<Ahead>) -> [__m512i; R] {
     let mut bytes = [_mm512_setzero_si512(); R];
     for (r, bytes) in bytes.iter_mut().enumerate() {
-        // SAFETY: the caller's promise. Prefetching may name any address.
-        unsafe {
-            let from = from.add(r * stride);
-            *bytes = _mm512_loadu_si512(from.cast());
-            if ahead > 0 {
-                _mm_prefetch::<_MM_HINT_T1>(from.wrapping_add(ahead).cast());
-            }
+        // SAFETY: the caller's promise.
+        *bytes = unsafe { _mm512_loadu_si512(codes.add(unit * BYTES + r * stride).cast()) };
+        if let Some(ahead) = ahead {
+            ahead.codes(unit * R + r);
         }
     }
     bytes

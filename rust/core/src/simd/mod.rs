@@ -24,7 +24,9 @@ use crate::float::Element;
 use crate::quantize::quantize_block;
 
 pub use float_mode::with_ieee_floats;
-pub(crate) use matvec::{InOrder, Staged, multiplies_bf16, prefetch};
+#[cfg(test)]
+pub(crate) use matvec::multiplies_bf16;
+pub(crate) use matvec::{InOrder, Staged, gains_by_bf16};
 pub(crate) use optim::update;
 pub(crate) use pages::advise_large_pages;
 

@@ -6,11 +6,12 @@ import torch
 from torch import Tensor
 
 from qlora_rs import _bridge, direct, ops
-from qlora_rs.errors import UnsupportedError
+from qlora_rs.errors import UnsupportedError, first_line
 from qlora_rs.packed import FLOAT_DTYPES, PackedTensor
 from qlora_rs.spec import QuantSpec
 
 NONFINITE = ("raise", "propagate")
+_DEFAULT_SPEC = QuantSpec()
 
 
 def quantize(weight: Tensor, spec: QuantSpec | None = None, *, nonfinite: str = "raise") -> PackedTensor:
@@ -31,7 +32,7 @@ def quantize(weight: Tensor, spec: QuantSpec | None = None, *, nonfinite: str = 
     >>> dequantize(packed).tolist()
     [[10.0, 3.0, 5.0, 5.0]]
     """
-    spec = QuantSpec() if spec is None else spec
+    spec = _DEFAULT_SPEC if spec is None else spec
     if nonfinite not in NONFINITE:
         raise ValueError(f"nonfinite is one of {', '.join(NONFINITE)}; got {nonfinite!r}")
     if not isinstance(weight, Tensor):
@@ -96,9 +97,12 @@ def warmup(device: torch.device | str = "cuda") -> None:
 
     Raises:
         DeviceError: there is no such device, or its driver cannot compile the kernels.
-        ValueError: the device is not a CUDA device.
+        ValueError: it is not a CUDA device, or none that torch knows.
     """
-    device = torch.device(device)
+    try:
+        device = torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"device {device!r}: {first_line(error)}; it is cuda or cuda:N") from None
     if device.type != "cuda":
         raise ValueError(f"only kernels of CUDA devices are compiled; got {device}")
     _bridge.warmup(device)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
@@ -40,6 +40,8 @@ class QuantSpec:
     block_size: int = 64
     double_quant: bool = True
     codebook: Sequence[float] | None = None
+    # Kept, because a compiler that traces Python cannot look into the extension's object.
+    _bits: int = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         """Check once; whoever holds a spec holds a valid one."""
@@ -61,8 +63,7 @@ class QuantSpec:
             core = _core.Spec("codebook", self.block_size, self.double_quant, values)
             # float32, as stored: equal specs compare equal whatever the precision they were typed in.
             object.__setattr__(self, "codebook", tuple(core.values))
-        else:
-            self.core()
+        object.__setattr__(self, "_bits", self.core().bits)
 
     def core(self) -> _core.Spec:
         """The same, as the extension's own object."""
@@ -71,7 +72,7 @@ class QuantSpec:
     @property
     def bits(self) -> int:
         """Bits that one code takes in storage: 4 (a nibble) or 8."""
-        return self.core().bits
+        return self._bits
 
     @property
     def values(self) -> tuple[float, ...]:

@@ -298,3 +298,23 @@ def test_a_forked_child_computes_after_the_parent_did() -> None:
     with os.fdopen(read) as pipe:
         assert int(pipe.read() or -1) == expected
     assert os.waitpid(child, 0)[1] == 0
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")  # the compiler's own import
+@pytest.mark.parametrize("spec", [None, QuantSpec("int8", 32, False), QuantSpec(codebook=USER)], ids=str)
+def test_a_compiler_traces_quantize_and_dequantize_whole(spec: QuantSpec | None) -> None:
+    torch._dynamo.reset()
+
+    def there_and_back(weight: torch.Tensor) -> torch.Tensor:
+        return qlora_rs.dequantize(qlora_rs.quantize(weight, spec, nonfinite="propagate"), torch.float32)
+
+    compiled = torch.compile(there_and_back, fullgraph=True, dynamic=True, backend="aot_eager")
+    for shape in ((5, 193), (3, 64), (2, 3, 70)):
+        weight = torch.randn(shape)
+        assert torch.equal(compiled(weight), there_and_back(weight))
+
+
+@pytest.mark.parametrize(("device", "told"), [("cpu", "got cpu"), ("meta", "got meta"), ("gpu", "device 'gpu': ")])
+def test_only_kernels_of_cuda_devices_can_be_warmed_up(device: str, told: str) -> None:
+    with pytest.raises(ValueError, match=told):
+        qlora_rs.warmup(device)

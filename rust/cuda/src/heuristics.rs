@@ -67,11 +67,11 @@ pub fn supported(product: &Product, target: &Target) -> bool {
     (1..=MOST_TOKENS).contains(&tokens)
         && target.sm >= 80
         && (1..=MOST_ROWS).contains(&rows)
-        && (64..1 << 30).contains(&columns)
+        && (64..1 << 28).contains(&columns)
         && columns.is_multiple_of(64)
         && block_size.is_power_of_two()
         && (64..=4096).contains(&block_size)
-        && rows * columns.div_ceil(u64::from(block_size)) < 1 << 31
+        && rows.next_multiple_of(16) * columns.div_ceil(u64::from(block_size)) < 1 << 31
 }
 
 /// Whether the product of a supported shape is faster fused than dequantized and given to cuBLAS.
@@ -363,6 +363,10 @@ mod tests {
         {
             assert!(!supported(&odd, &H100), "{odd:?}");
         }
+        // Where 32 bits end: bytes of 16 rows, and scales of whole row tiles.
+        assert!(supported(&product(1, 16, (1 << 28) - 64), &H100) && !supported(&product(1, 16, 1 << 28), &H100));
+        assert!(supported(&product(1, 65_520, 32_775 * 64), &H100));
+        assert!(!supported(&product(1, 65_521, 32_775 * 64), &H100));
         assert!(!supported(&Product { block_size: 32, ..product(1, 16, 64) }, &H100));
         assert!(!supported(&product(1, 16, 64), &Target { sm: 75, ..AMPERE }));
     }

@@ -296,6 +296,20 @@ def test_an_input_elsewhere_or_of_another_width_is_refused_by_name() -> None:
         layer.cpu()(torch.randn(2, 256, device="cuda", dtype=torch.bfloat16))
 
 
+@pytest.mark.parametrize("name", ["x", "bias", "weight"])
+def test_freed_memory_is_told_also_where_the_plain_call_is_known(name: str) -> None:
+    layer = make(48, 256).bfloat16()
+    x = torch.randn(2, 256, device="cuda", dtype=torch.bfloat16)
+    layer(x)
+    storage = (x if name == "x" else getattr(layer, name)).untyped_storage()
+    size = storage.size()
+    storage.resize_(0)
+    with pytest.raises(ValueError, match="has no memory"):
+        layer(x)
+    storage.resize_(size)
+    assert layer(x).shape == (2, 48)
+
+
 def test_replaced_weights_are_not_kept_alive() -> None:
     layer = make(48, 256)
     layer(torch.randn(4, 256, device="cuda"))

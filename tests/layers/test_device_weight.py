@@ -95,6 +95,16 @@ def test_freed_memory_is_told() -> None:
         _core.DeviceWeight(layer.spec.core(), layer.parts(), 192, False)
 
 
+@pytest.mark.parametrize("name", ["x", "bias", "xa", "B"])
+def test_an_operand_whose_memory_was_freed_is_told_before_it_comes_to_a_kernel(name: str) -> None:
+    _, weight = layer_and_weight()
+    sizes = {"x": (2, 192), "bias": (33,), "xa": (2, 3), "B": (33, 3)}
+    operands = {each: torch.ones(size, dtype=torch.bfloat16) for each, size in sizes.items()}
+    operands[name].untyped_storage().resize_(0)
+    with pytest.raises(ValueError, match=f"{list(sizes[name])!r} has no memory".replace("[", r"\[")):
+        weight.linear(operands["x"], operands["bias"], (operands["xa"], operands["B"], 1.0))
+
+
 def test_on_the_cpu_no_product_is_plain() -> None:
     layer, weight = layer_and_weight()
     x = torch.randn(2, 192, dtype=torch.bfloat16)

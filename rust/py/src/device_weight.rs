@@ -237,7 +237,7 @@ impl DeviceWeight {
         }
         let dtype = x.getattr(intern!(py, "dtype"))?;
         let (float, address) = (torch.float_type(&dtype), address_of(x)?);
-        if !is_half(float) || !is_contiguous(x)? || !address.is_multiple_of(ALIGNMENT) {
+        if !is_half(float) || address == 0 || !address.is_multiple_of(ALIGNMENT) || !is_contiguous(x)? {
             return Ok(None);
         }
         let mut operands = Operands {
@@ -260,6 +260,9 @@ impl DeviceWeight {
             }
             expect("bias", elements_of(bias)?, self.layout.rows())?;
             operands.bias = address_of(bias)? as DevicePtr;
+            if operands.bias == 0 {
+                return Ok(None); // its memory was freed: no bias to a kernel
+            }
         }
         if torch.records(py)? && (requires_grad(x)? || bias.as_ref().map_or(Ok(false), requires_grad)?) {
             return Ok(None);
@@ -339,7 +342,8 @@ impl DeviceWeight {
             return Err(PyValueError::new_err(format!("{name} is {own}, x is {dtype}")));
         }
         let dense = contiguous(tensor)?;
-        if address_of(&dense)?.is_multiple_of(alignment) { Ok(dense) } else { dense.call_method0(intern!(py, "clone")) }
+        let (address, _) = memory_of(&dense)?;
+        if address.is_multiple_of(alignment) { Ok(dense) } else { dense.call_method0(intern!(py, "clone")) }
     }
 
     /// The product into a new tensor; `shape` is that of x.
@@ -357,16 +361,23 @@ impl DeviceWeight {
         }
         let y = torch.empty(py, &shape, dtype, self.ordinal)?;
         operands.y = address_of(&y)? as DevicePtr;
-        operands.settled = self.writes().settled;
+        let (versions, settled) = {
+            let writes = self.writes();
+            (writes.versions, writes.settled)
+        };
+        operands.settled = settled;
         run(py, || {
             // SAFETY: the operands are contiguous tensors of this device whose sizes were checked, and live until the call
             // returns; torch frees their memory in the order of the stream.
             unsafe { qlora_cuda::linear_4bit(queue, &self.spec, &self.layout, self.codes, self.scales, &operands) }
         })?;
         // From now on a launch may fetch the weight while the kernel before it still runs: whatever wrote the weight has
-        // ended by then. Where versions are not counted, nobody would notice that it is written again.
+        // ended by then. Where versions are not counted, nobody would notice that it is written again; where another thread
+        // has seen a later write meanwhile, this launch says nothing of it.
         let mut writes = self.writes();
-        writes.settled = writes.versions.is_some() && !self.moves;
+        if writes.versions == versions {
+            writes.settled = versions.is_some() && !self.moves;
+        }
         Ok(y)
     }
 }

@@ -24,6 +24,8 @@ ALL_LINEAR = "all-linear"
 class LoraTerm(torch.autograd.Function):
     """``s x A^T B^T`` that keeps only x, A and B; ``x A^T`` is made again in the backward pass (r columns: cheap)."""
 
+    generate_vmap_rule = True
+
     @staticmethod
     def forward(x: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
         """x (..., in), a (r, in), b (out, r) -> (..., out) in x's dtype."""

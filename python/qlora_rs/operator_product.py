@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qlora_rs import direct, ops, recomputation
+from qlora_rs import direct, ops, recomputation, transformed_product
 from qlora_rs.recomputation import KeptWeights
 from qlora_rs.spec import QuantSpec
 
@@ -38,11 +38,13 @@ class OperatorProduct:
         Raises:
             ValueError: x has another width, or lies on another device.
         """
+        if transformed_product.is_wanted():
+            return transformed_product.apply(self, ops.autocasted(x), parts, bias)
         kept = recomputation.kept_weights()
         if kept is not None and _recorded_here(x, parts, bias):
             y: Tensor = _Recorded.apply(ops.autocasted(x), bias, *parts, self, kept)
             return y
-        return self._operator(x, parts, bias)
+        return self.operator(x, parts, bias)
 
     def product(self, x: Tensor, parts: direct.Parts, bias: Tensor | None, dequantize: ops.Dequantize | None) -> Tensor:
         """The same past the operator, with another way to the weight; nothing is recorded for autograd."""
@@ -61,7 +63,8 @@ class OperatorProduct:
         weight = ops.flat_dequantized if self.flat else ops.dequantized
         return weight((*parts, *self._layout), dtype)
 
-    def _operator(self, x: Tensor, parts: direct.Parts, bias: Tensor | None) -> Tensor:
+    def operator(self, x: Tensor, parts: direct.Parts, bias: Tensor | None) -> Tensor:
+        """The same by the operator, whoever watches."""
         operator = torch.ops.qlora_rs.flat_linear if self.flat else torch.ops.qlora_rs.linear
         y: Tensor = operator(x, *parts, *self._layout, bias)
         return y

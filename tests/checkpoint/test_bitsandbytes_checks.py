@@ -133,6 +133,46 @@ def test_codes_of_an_approximate_reciprocal_are_at_borders_and_others_are_not(
     assert total - at_border == 1
 
 
+def their_scales(absmax: torch.Tensor, offset: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes and group scales as bitsandbytes' CPU code makes them, whole groups: it looks codes up by the nearest of
+    65536 places in [-1, 1]."""
+    table = flat.scale_values()
+    codes_of_places = reference.nearest_even(torch.arange(65536, dtype=torch.float64) / 32767.5 - 1, table)
+    groups = (absmax - offset).view(-1, 256)
+    scale = groups.abs().amax(1)
+    x = groups / torch.where(scale > 0, scale, 1)[:, None]
+    return codes_of_places[((x + 1) * 32767.5 + 0.5).floor().long()].flatten(), scale
+
+
+@pytest.mark.parametrize("ulps", [0, 1, -2])
+@pytest.mark.parametrize("weights", ["normal", "nearly constant", "constant"])
+def test_scales_that_they_round_by_places_verify_and_others_do_not(write_tensors, tmp_path, weights, ulps) -> None:
+    spec = QuantSpec()
+    weight = torch.randn(2048, 2048)  # so many scales that some lie halfway between two places
+    if weights != "normal":  # the offset's last places are large beside the groups' scales
+        weight = 1 + torch.rand(512, 1024) * (1e-3 if weights == "nearly constant" else 0)
+    source = write_tensors(tmp_path / "source", {"a.weight": weight})
+    write_flat(write_tensors, tmp_path / "flat", {"a.weight": weight}, spec)
+    tensors = load_file(tmp_path / "flat" / "model.safetensors")
+    offset = qlora_rs.quantize(weight.reshape(1, -1), spec).absmax_offset
+    for _ in range(abs(ulps)):
+        offset = torch.nextafter(offset, offset * (2 if ulps > 0 else 0))
+    absmax = qlora_rs.quantize(weight.reshape(1, -1), QuantSpec(double_quant=False)).absmax.flatten()
+    tensors["a.weight.absmax"], tensors["a.weight.nested_absmax"] = their_scales(absmax, offset)
+    state = flat.render_state(spec, "bfloat16", tuple(weight.shape), float(offset))
+    tensors["a.weight.quant_state.bitsandbytes__nf4"] = torch.tensor(list(state), dtype=torch.uint8)
+    write_tensors(tmp_path / "theirs", tensors, quantization_config=BNB)
+    report = checkpoint.verify(tmp_path / "theirs", source)
+    assert report.same
+    if weights != "constant" or ulps:
+        assert differing(report)["absmax"][0] > 0
+        # Two codes off is no rounding.
+        tensors["a.weight.absmax"][77] ^= 2
+        write_tensors(tmp_path / "damaged", tensors, quantization_config=BNB)
+        counts = differing(checkpoint.verify(tmp_path / "damaged", source))["absmax"]
+        assert counts[0] - counts[1] == 1
+
+
 @pytest.mark.parametrize("double_quant", [False, True])
 @pytest.mark.parametrize("shape", [(3, 100), (37, 45), (2, 5, 100), (1, 131)])
 def test_rows_that_share_blocks_are_verified_and_compared_by_value(

@@ -22,9 +22,12 @@ from qlora_rs.spec import QuantSpec
 
 # Of a normalized value, relative: a few units in the last place of float32, as an approximate reciprocal gives.
 VALUE_TOLERANCE = 2.0**-21
-# Of a scale's distance to its code over that to the nearest one; scales are normalized to [-1, 1].
-SCALE_TOLERANCE = 2e-5
-# Of offsets and group scales, relative: a mean that is summed in float32, in whatever order.
+# Of a scale's distance to its code over that to the nearest one; scales are normalized to [-1, 1]. Its CPU code looks
+# codes up by the nearest of 65536 places, which moves both distances by up to half of what lies between two places; a
+# hundredth is for its float32 arithmetic.
+SCALE_TOLERANCE = 1.01 * 2 / 65535
+# Of the offset, relative: a mean that is summed in float32, in whatever order. A group's scale is a largest distance
+# from it, and moves as far.
 MEAN_TOLERANCE = 1e-6
 
 
@@ -56,7 +59,7 @@ def with_borders(
                 count = scales_at_borders(absmax, theirs["absmax"], scale, offset, ours, differing)
             else:
                 pair = (scale, ours[0]) if each.part == "absmax_scale" else (offset, ours[1])
-                count = int(torch.count_nonzero(_is_close(*pair) & (pair[0] != pair[1])))
+                count = int(torch.count_nonzero(_is_close(*pair, ours[1]) & (pair[0] != pair[1])))
         result.append(replace(each, at_border=count))
     return result
 
@@ -106,18 +109,22 @@ def scales_at_borders(
         ours: group scales and offset that were made again; if those of the file are others, nothing is explained.
         differing: which of the codes differ from ours.
     """
-    if not (bool(_is_close(scale, ours[0]).all()) and bool(_is_close(offset, ours[1]).all())):
+    if not (bool(_is_close(scale, ours[0], ours[1]).all()) and bool(_is_close(offset, ours[1], ours[1]).all())):
         return 0
     places = differing.nonzero().flatten()
-    x = (absmax[places].double() - offset.double()) / scale[places // NESTED_BLOCK_SIZE].double()
+    group = scale[places // NESTED_BLOCK_SIZE].double()
+    x = (absmax[places].double() - offset.double()) / group
     table = scale_values().double()
     nearest = torch.searchsorted(table, x).clamp(1, len(table) - 1)
     best = torch.minimum((table[nearest - 1] - x).abs(), (table[nearest] - x).abs())
-    return int(torch.count_nonzero((table[codes[places].long()] - x).abs() - best < SCALE_TOLERANCE))
+    # Where all scales of a group are the offset every code means the same.
+    return int(torch.count_nonzero(((table[codes[places].long()] - x).abs() - best < SCALE_TOLERANCE) | (group == 0)))
 
 
-def _is_close(theirs: Tensor, ours: Tensor) -> Tensor:
-    return (theirs.double() - ours.double()).abs() <= MEAN_TOLERANCE * ours.double().abs()
+def _is_close(theirs: Tensor, ours: Tensor, offset: Tensor) -> Tensor:
+    """Whether an offset, or scales of groups, differ by no more than `offset` does in another order of summation."""
+    slack = MEAN_TOLERANCE * torch.maximum(ours.double().abs(), offset.double().abs())
+    return (theirs.double() - ours.double()).abs() <= slack
 
 
 @lru_cache(maxsize=2)

@@ -70,6 +70,13 @@ def test_headers_that_claim_what_is_not_there(tmp_path, content, error, message)
     assert time.monotonic() - started < 5
 
 
+def test_a_pipe_that_is_called_as_a_file_is_refused_and_not_waited_for(tmp_path) -> None:
+    os.mkfifo(tmp_path / "model.gguf")
+    for read in (inspect, lambda path: quantize(path, tmp_path / "out")):
+        with pytest.raises(FormatError, match=r"model\.gguf: not a regular file"):
+            read(tmp_path / "model.gguf")
+
+
 def test_files_that_are_cut_off_anywhere_are_refused(whole, tmp_path) -> None:
     path = tmp_path / "model.gguf"
     step = len(whole) // 97

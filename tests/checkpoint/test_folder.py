@@ -88,6 +88,17 @@ def test_overwrite_does_not_replace_what_is_no_model(make_model, tmp_path):
     assert (target / "thesis.tex").read_text() == (tmp_path / "file").read_text() == "precious"
 
 
+@pytest.mark.parametrize("strayed", ["adapter_model.safetensors", "config.json"])
+def test_a_file_of_a_model_among_other_things_does_not_give_them_up_to_overwrite(make_model, tmp_path, strayed):
+    source, target = make_model(), tmp_path / "home"
+    (target / "thesis").mkdir(parents=True)
+    (target / "thesis" / "main.tex").write_text("precious")
+    (target / strayed).write_bytes(b"")
+    with pytest.raises(qlora_rs.UnsupportedError, match="holds no model"):
+        checkpoint.quantize(source, target, overwrite=True)
+    assert (target / "thesis" / "main.tex").read_text() == "precious"
+
+
 @pytest.mark.parametrize("where", ["source", "source/packed", "source/../source/x", "link/packed", "."])
 def test_a_destination_in_or_around_the_source_is_refused(make_model, tmp_path, where):
     source = make_model()

@@ -11,8 +11,12 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from qlora_rs.checkpoint.companions import FOREIGN_SUFFIXES
+from qlora_rs.checkpoint.source import CONFIG
 from qlora_rs.errors import UnsupportedError
 from qlora_rs.report import format_bytes
+
+WEIGHT_SUFFIXES = FOREIGN_SUFFIXES | {".safetensors"}
 
 
 def resolve_destination(source: Path, destination: Path, overwrite: bool) -> Path:
@@ -31,12 +35,19 @@ def resolve_destination(source: Path, destination: Path, overwrite: bool) -> Pat
         raise exists_already(destination)
     if not real.is_dir():
         raise NotADirectoryError(errno.ENOTDIR, "is no folder, so it is not replaced", str(destination))
-    names = os.listdir(real)
-    if names and "config.json" not in names and not any(name.endswith(".safetensors") for name in names):
+    if not _may_be_replaced(real):
         raise UnsupportedError(
             f"{destination} holds no model, so --overwrite does not replace it: remove it, or choose another"
         )
     return real
+
+
+def _may_be_replaced(folder: Path) -> bool:
+    """Whether a folder is empty, or a model: everything in it is lost, so one of the two files of a model that strayed
+    into a folder of other things does not make it one."""
+    files = [Path(name) for name in os.listdir(folder)]
+    weights = any(file.suffix in WEIGHT_SUFFIXES and (folder / file).is_file() for file in files)
+    return not files or (weights and (folder / CONFIG).is_file())
 
 
 def resolve_outside(source: Path, destination: Path) -> Path:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import stat
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -90,6 +91,8 @@ def open_gguf(path: Path) -> Source:
     """
     require_gguf("reading GGUF files")
     status = os.stat(path)
+    if not stat.S_ISREG(status.st_mode):
+        raise FormatError(f"{path}: not a regular file")
     source, tokenizer = _opened(path, (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns))
     return replace(source, beside=Beside(path, source.config, tokenizer))  # what is made beside it goes with each
 

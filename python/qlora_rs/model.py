@@ -11,12 +11,14 @@ import torch
 
 from qlora_rs.checkpoint.choice import FLOAT_DTYPES as FLOAT_DTYPE_NAMES
 from qlora_rs.checkpoint.choice import choose_tensors
+from qlora_rs.checkpoint.claims import require_believable
 from qlora_rs.checkpoint.dequantized import open_float_source
 from qlora_rs.checkpoint.flat import METHOD as FLAT_METHOD
 from qlora_rs.checkpoint.gguf_source import round_kept
 from qlora_rs.checkpoint.inspection import PackedLayout, inspect
 from qlora_rs.checkpoint.placing import DeviceFolder, packed_parts
 from qlora_rs.checkpoint.source import (
+    CONFIG,
     Source,
     find_quantization_config,
     open_source,
@@ -86,6 +88,8 @@ def from_pretrained(
     place = resolve_device(device)
     target = resolve_dtype(dtype, place)
     info = inspect(folder)
+    if folder.is_dir():
+        require_believable(folder / CONFIG, read_config(folder), len(info.tensors))
     transformers = require_extra("transformers", "transformers", "loading a model")
     from qlora_rs.integrations.transformers import QloraRsConfig
 
@@ -121,7 +125,8 @@ def load_float(
     require_folder(folder)
     place = resolve_device(device)
     target = resolve_dtype(dtype, place)
-    open_source(folder)  # headers and index are checked before transformers sees them
+    source = open_source(folder)  # headers and index are checked before transformers sees them
+    require_believable(folder / CONFIG, source.config, len(source.tensors))
     return _load(require_extra("transformers", "transformers", "loading a model"), folder, target, None, place)
 
 

@@ -195,6 +195,27 @@ def test_settings_that_no_model_has_are_refused_at_once(good_folder, field, valu
     assert_refused(good_folder, error, r"config\.json")
 
 
+@pytest.mark.parametrize(
+    ("model_type", "changes", "match"),
+    [
+        ("t5", {"num_layers": 10**8}, "num_layers is 100000000, but the files hold 11 tensors"),
+        ("t5", {"num_decoder_layers": 10**8}, "num_decoder_layers is 100000000"),
+        ("gpt2", {"n_layer": 10**8}, "n_layer is 100000000"),
+        ("llama", {"num_labels": 10**11}, "num_labels is 100000000000"),
+        ("llama", {"text_config": {"inner": {"num_hidden_layers": 10**8}}}, "num_hidden_layers is 100000000"),
+        ("switch_transformers", {"num_experts": 10**8}, "more than 20000 parameters, but the files hold 11 tensors"),
+    ],
+)
+def test_models_that_take_hours_to_build_are_refused_at_once(good_folder, model_type, changes, match):
+    path = good_folder / "config.json"
+    config = {**json.loads(path.read_text()), "model_type": model_type, "architectures": None, **changes}
+    path.write_text(json.dumps(config))
+    assert_refused(good_folder, qlora_rs.FormatError, match)
+    if "parameters" not in match:
+        with pytest.raises(qlora_rs.FormatError, match=match):
+            qlora_rs.from_pretrained(good_folder)
+
+
 def test_missing_parts_of_a_folder_are_named(good_folder, tmp_path):
     with pytest.raises(FileNotFoundError, match="no such model folder"):
         checkpoint.quantize(tmp_path / "absent", tmp_path / "packed")

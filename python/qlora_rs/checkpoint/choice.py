@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from qlora_rs.checkpoint.claims import bounded_parameters, require_believable
 from qlora_rs.checkpoint.expert_names import expert_tensors
 from qlora_rs.checkpoint.renaming import Renamer
 from qlora_rs.checkpoint.source import CONFIG, Source, StoredTensor
@@ -25,9 +26,6 @@ from qlora_rs.experts import GATE_UP, logical_shape, why_not_packed
 from qlora_rs.selection import matches, select_linear
 
 FLOAT_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
-
-# More than any known model has, and few enough to build in seconds.
-_MANY_LAYERS = 1000
 
 
 @dataclass(frozen=True)
@@ -115,10 +113,15 @@ def choose_tensors(
 
 
 def meta_model(source: Source) -> nn.Module:
-    """The model that config.json describes, without memory for its parameters."""
+    """The model that config.json describes, without memory for its parameters.
+
+    Raises:
+        UnsupportedError: transformers is not installed, or does not know the model.
+        FormatError: it is far larger than what the files hold.
+    """
     transformers = require_extra("transformers", "transformers", "telling which tensors are Linear weights")
     path = source.path / CONFIG
-    _require_layers(source)
+    require_believable(path, source.config, len(source.tensors))
     try:
         config = transformers.AutoConfig.from_pretrained(
             str(source.config_folder()), local_files_only=True, trust_remote_code=False
@@ -136,23 +139,16 @@ def meta_model(source: Source) -> nn.Module:
     failure: Exception | None = None
     for build in builders:
         try:
-            with torch.device("meta"):
+            with bounded_parameters(path, len(source.tensors)), torch.device("meta"):
                 return build(config)
+        except FormatError:
+            raise
         except Exception as error:  # whatever a model's constructor raises: the next builder may do
             failure = failure or error
     raise UnsupportedError(
         f"{path}: transformers {transformers.__version__} cannot build this model: "
         f"{first_line(failure) if failure else 'it names no class'}"
     )
-
-
-def _require_layers(source: Source) -> None:
-    """Raise FormatError if ``config.json`` claims layers beyond all measure: they would all be built."""
-    for part in (source.config, *(value for value in source.config.values() if isinstance(value, dict))):
-        layers = part.get("num_hidden_layers")
-        if isinstance(layers, int) and layers > max(_MANY_LAYERS, len(source.tensors)):
-            held = f"the files hold {len(source.tensors)} tensors"
-            raise FormatError(f"{source.path / CONFIG}: num_hidden_layers is {layers}, but {held}")
 
 
 def _choose_by_model(

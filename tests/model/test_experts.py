@@ -62,6 +62,28 @@ def stacked(tmp_path) -> Path:
     return folder
 
 
+@pytest.mark.parametrize("claimed", [None, EXPERTS - 1, EXPERTS + 2, 10**9])
+def test_files_that_lack_an_expert_or_hold_others_are_refused_before_hours_of_work(
+    family, source, tmp_path, claimed
+) -> None:
+    if claimed is None:  # one weight is missing
+        tensors = load_file(source / "model.safetensors")
+        pattern, (_, second, _) = IN_FILES[family]
+        del tensors[pattern.format(1, 2, second)]
+        save_file(tensors, source / "model.safetensors", {"format": "pt"})
+        match = f"1 weights are missing or too many, e.g. {second} of expert 2 of model.layers.1.mlp.experts"
+    else:
+        path = source / "config.json"
+        config = json.loads(path.read_text())
+        key = next(name for name in ("num_local_experts", "num_experts") if config.get(name) == EXPERTS)
+        path.write_text(json.dumps({**config, key: claimed}))
+        number, weights = min(claimed, EXPERTS), abs(claimed - EXPERTS) * 3 * 2
+        match = rf"{weights} weights .* of expert {number} of model\.layers\.0\.mlp\.experts"
+    with pytest.raises(FormatError, match=match):
+        checkpoint.quantize(source, tmp_path / "packed")
+    assert not (tmp_path / "packed").exists()
+
+
 def test_every_expert_is_packed_and_the_router_stays(family, source, tmp_path) -> None:
     report = checkpoint.quantize(source, tmp_path / "packed")
     pattern, names = IN_FILES[family]

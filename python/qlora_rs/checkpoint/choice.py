@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from qlora_rs.checkpoint.claims import bounded_parameters, require_believable
-from qlora_rs.checkpoint.expert_names import expert_tensors
+from qlora_rs.checkpoint.expert_names import expert_tensors, odd_experts
 from qlora_rs.checkpoint.renaming import Renamer
 from qlora_rs.checkpoint.source import CONFIG, Source, StoredTensor
 from qlora_rs.errors import FormatError, UnsupportedError, first_line, require_extra
@@ -161,6 +161,12 @@ def _choose_by_model(
     ]
     parameter_of, fused = parameter_names(source, model)
     experts = expert_tensors(source.tensors, model)
+    odd, example = odd_experts(experts, model)
+    if odd:
+        raise FormatError(
+            f"{source.path}: the files hold other experts than {CONFIG} asks for: {odd} weights are missing or too "
+            f"many, e.g. {example}: it is of another model, or a file is missing"
+        )
     file_name_of = {parameter: tensor for tensor, parameter in parameter_of.items()}
     owners = {
         f"{module_name}.{name}" if module_name else name: (module_name, module)

@@ -91,6 +91,38 @@ def expert_tensors(names: Iterable[str], model: nn.Module) -> dict[str, ExpertTe
     return found
 
 
+def odd_experts(tensors: Mapping[str, ExpertTensor], model: nn.Module) -> tuple[int, str]:
+    """How many weights of single experts are in no file although other experts' are, or belong to experts that the
+    model does not have, and one of them, e.g. ``"w1 of expert 3 of model.layers.0.mlp.experts"``.
+    """
+    found: dict[tuple[str, str, int], set[int | None]] = {}
+    children: dict[tuple[str, str, int], str] = {}
+    places: dict[tuple[str, str], int] = {}
+    for tensor in tensors.values():
+        part = tensor.module, tensor.parameter, tensor.place
+        found.setdefault(part, set()).add(tensor.expert)
+        children[part] = tensor.child
+        places[part[:2]] = tensor.places
+    total, example = 0, ""
+    for module in dict.fromkeys(module for module, *_ in found):
+        count = model.get_submodule(module).get_parameter(DOWN).shape[0]
+        parts = [
+            (module, parameter, place) for parameter in FUSED for place in range(places.get((module, parameter), 1))
+        ]
+        for part in parts:
+            there = found.get(part, set())
+            if None in there:
+                continue
+            beyond = sorted(number for number in there if number is not None and number >= count)
+            lacking = count - (len(there) - len(beyond))
+            total += len(beyond) + lacking
+            if not example and (beyond or lacking):
+                # The config may claim any number of experts: the first that is absent comes soon.
+                number = beyond[0] if beyond else next(number for number in range(count) if number not in there)
+                example = f"{children.get(part, part[1])} of expert {number} of {module}"
+    return total, example
+
+
 def _part(converters: Iterable[Any], pattern: str, parameter: str) -> tuple[str, int, int] | None:
     """Child, place and number of places of what ``pattern`` matches, where its converter only stacks."""
     for converter in converters:

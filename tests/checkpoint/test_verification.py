@@ -155,6 +155,17 @@ def test_without_recorded_hashes_the_tensors_are_compared(pair, flip_bit) -> Non
     assert not checkpoint.verify(*pair).same
 
 
+def test_settings_that_are_not_the_sources_are_told_although_the_tensors_are_the_same(pair) -> None:
+    path = pair[0] / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "rope_theta": 7.0, "added": 1}))
+    report = checkpoint.verify(*pair)
+    assert report.same
+    assert report.notes == (
+        f"{path} has other settings than the source's: added, rope_theta; only tensors are compared",
+    )
+    assert "the tensors of" in str(report)
+
+
 def test_a_source_cut_into_other_files_is_the_same_model(pair, write_tensors, load_folder, tmp_path) -> None:
     resharded = write_tensors(tmp_path / "resharded", load_folder(pair[1]), shards=4)
     report = checkpoint.verify(pair[0], resharded)
@@ -163,7 +174,7 @@ def test_a_source_cut_into_other_files_is_the_same_model(pair, write_tensors, lo
         False,
         None,
     )
-    assert "to the last bit, although its files are not the recorded ones" in str(report)
+    assert "to the last bit, although the source's files are not the recorded ones" in str(report)
     assert not checkpoint.verify(pair[0], resharded, check="hashes").same
 
 

@@ -27,7 +27,7 @@ def test_an_untouched_pair_is_exit_code_0(command, packed_llama, tiny_llama):
     assert outcome.out.splitlines() == [
         "source model.safetensors: the recorded SHA-256",
         "compared 14 weights quantized again as nf4, block_size=64, double_quant=True, and 7 tensors as they are",
-        f"verified: {packed_llama} is what quantizing {tiny_llama} gives, to the last bit",
+        f"verified: the tensors of {packed_llama} are what quantizing {tiny_llama} gives, to the last bit",
     ]
 
 

@@ -168,12 +168,13 @@ class VerifyReport:
             return f"differs: {self.source} is not what {self.packed} was made from: another model or version of it"
         if self.same and any(tensor.status == "rounding" for tensor in self.tensors):
             return (
-                f"verified: {self.packed} is what quantizing {self.source} gives, but for values at the border between "
-                "two codes, which bitsandbytes rounds in its own way"
+                f"verified: the tensors of {self.packed} are what quantizing {self.source} gives, but for values at "
+                "the border between two codes, which bitsandbytes rounds in its own way"
             )
         if self.same:
-            files = "" if self.same_files is not False else ", although its files are not the recorded ones"
-            return f"verified: {self.packed} is what quantizing {self.source} gives, to the last bit{files}"
+            files = "" if self.same_files is not False else ", although the source's files are not the recorded ones"
+            made = f"the tensors of {self.packed} are what quantizing {self.source} gives"
+            return f"verified: {made}, to the last bit{files}"
         count = f"{len(self.differing)} of {len(self.tensors)} tensors"
         pair = f"{self.packed} was made from"
         if self.same_files:

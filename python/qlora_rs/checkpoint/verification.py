@@ -20,7 +20,15 @@ from qlora_rs.checkpoint.progress import ByteCounter, Progress
 from qlora_rs.checkpoint.provenance import file_sha256
 from qlora_rs.checkpoint.rounding import with_borders
 from qlora_rs.checkpoint.slices import VALUE_DTYPES, SliceReader, byte_ranges, count_differing, matrices
-from qlora_rs.checkpoint.source import StoredTensor, open_source, require_folder
+from qlora_rs.checkpoint.source import (
+    CONFIG,
+    Source,
+    StoredTensor,
+    open_source,
+    read_config,
+    require_folder,
+    unquantized_config,
+)
 from qlora_rs.checkpoint.verdicts import FileHash, PartDifference, TensorVerdict, VerifyReport, add_parts
 from qlora_rs.errors import UnsupportedError
 from qlora_rs.packed import PackedTensor
@@ -43,7 +51,8 @@ def verify(
     First the source's files are hashed and compared with the hashes that the packed files record. Then every weight is
     quantized from the source again, and codes, scales, group scales and offset are compared byte for byte, as are the
     tensors that stayed in floats. The tensors decide: a source that was cut into other files since is the same model.
-    At most one matrix of the source is in memory at a time.
+    At most one matrix of the source is in memory at a time. Of the other files ``config.json`` alone is looked at: what
+    it says otherwise than the source's is noted.
 
     A folder of bitsandbytes in 4 bits is checked alike. It records no hashes, and differs from what quantizing gives
     where a value lies at the border between two codes: there bitsandbytes rounds in its own way. Such differences are
@@ -93,6 +102,7 @@ def verify(
     notes = []
     if check == "all" and not hashed:
         notes.append(f"{packed_path} records no hashes of its source: only the tensors were compared")
+    notes += _other_settings(packed_path, original)
     return VerifyReport(str(packed_path), str(source_path), info.spec, files, tensors, tuple(notes))
 
 
@@ -105,6 +115,16 @@ def _require_packed(info: CheckpointInfo, check: str) -> None:
         )
     if check == "hashes" and not info.source_sha256:
         raise UnsupportedError(f"{info.path}: records no hashes of its source; compare the tensors instead")
+
+
+def _other_settings(packed: Path, original: Source) -> list[str]:
+    """A note on settings of the model that are not the source's: equal tensors do not make it the same model."""
+    ours, theirs = (unquantized_config(config) for config in (read_config(packed), original.config))
+    names = [name for name in sorted({*ours, *theirs}) if ours.get(name) != theirs.get(name)]
+    if not names:
+        return []
+    told = f"{', '.join(names[:5])}{', ...' if len(names) > 5 else ''}"
+    return [f"{packed / CONFIG} has other settings than the source's: {told}; only tensors are compared"]
 
 
 class _Comparison:

@@ -31,7 +31,8 @@ def verify(
 
     First SRC's files must have the SHA-256 that PACKED records. Then every weight is quantized from SRC again, and
     codes and scales are compared to the last bit; tensors that stayed in 16 bits are compared byte for byte. The
-    tensors decide: SRC may have been cut into other files since. At most one weight is in memory at a time.
+    tensors decide: SRC may have been cut into other files since. Settings in config.json that differ are noted, other
+    files are not looked at. At most one weight is in memory at a time.
 
     PACKED may also be a folder of bitsandbytes in 4 bits. Its values at the border between two codes may have either;
     these are counted, and are no difference.

@@ -173,7 +173,7 @@ def inspect_source(source: Source, where: Path | None = None) -> CheckpointInfo:
     hashes: dict[str, str] = {}
     if config is not None and method == "qlora_rs":
         check_format_version(config.get("format_version"), str(source.path / CONFIG))
-        spec = QuantSpec.from_config(config)
+        spec = _native_spec(source, config)
         hashes = _source_hashes(source)
     weights: dict[str, _Weight] = {}
     whole = not where.is_file()
@@ -194,6 +194,19 @@ def inspect_source(source: Source, where: Path | None = None) -> CheckpointInfo:
     return CheckpointInfo(
         str(where), method, spec, rows, source.files, hashes, config, schemes=tuple(schemes), unread=unread
     )
+
+
+def _native_spec(source: Source, config: Mapping[str, Any]) -> QuantSpec:
+    """What ``quantization_config`` says, its errors with the file's name."""
+    try:
+        spec = QuantSpec.from_config(config)
+    except FormatError as error:
+        raise FormatError(f"{source.path / CONFIG}: {error}") from None
+    modules = config.get("modules_to_not_convert") or []
+    if not isinstance(modules, list) or not all(isinstance(name, str) for name in modules):
+        expected = f"a list of names for modules_to_not_convert; got {modules!r}"
+        raise FormatError(f"{source.path / CONFIG}: quantization_config: expected {expected}")
+    return spec
 
 
 def _inspect_gguf(path: Path) -> CheckpointInfo:

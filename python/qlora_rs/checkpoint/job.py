@@ -17,6 +17,8 @@ from qlora_rs.errors import FormatError
 from qlora_rs.packed import PackedTensor
 from qlora_rs.spec import QuantSpec
 
+NONFINITE = "holds NaN or infinite values: it is damaged, or was made from a model that is"
+
 
 @dataclass(frozen=True)
 class Job:
@@ -87,16 +89,19 @@ class Job:
         """A float or packed tensor's values in ``dtype``, as the model in floats lays them out.
 
         Raises:
-            FormatError: they do not fit ``dtype``, or the file holds what its format does not allow.
+            FormatError: they do not fit ``dtype``, those of a packed weight are not finite, or the file holds what its
+                format does not allow.
         """
         stored = self.exact_values(row) if self._is_stored(row) else None
         try:
-            if stored is not None:
+            if stored is not None and row.kind != "packed":
                 return cast(stored, dtype)
-            tensor = self._dequantized(row, dtype)
-            # Seldom: the values in float32, which take much more memory, tell whether they were finite.
+            tensor = self._dequantized(row, dtype) if stored is None else cast(stored, dtype)
             if tensor.numel() and not torch.isfinite(torch.stack(torch.aminmax(tensor))).all():
-                tensor = cast(self._dequantized(row, torch.float32), dtype)
+                if stored is None:
+                    # Seldom: the values in float32, which take much more memory, tell whether they did not fit.
+                    cast(self._dequantized(row, torch.float32), dtype)
+                raise FormatError(NONFINITE)
             return tensor
         except FormatError as error:
             raise FormatError(f"{self.where(row)}: {error}") from None

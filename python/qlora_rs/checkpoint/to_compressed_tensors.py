@@ -15,7 +15,7 @@ from qlora_rs.checkpoint.compressed_tensors import FORMAT, METHOD
 from qlora_rs.checkpoint.foreign import PIECE_ELEMENTS, keeping
 from qlora_rs.checkpoint.grouped import GroupedWeight
 from qlora_rs.checkpoint.inspection import TensorRow
-from qlora_rs.checkpoint.job import Job
+from qlora_rs.checkpoint.job import NONFINITE, Job
 from qlora_rs.checkpoint.plain import STORED_DTYPES, cast, stored_dtype
 from qlora_rs.checkpoint.shards import PlannedTensor, plan_grouped_shards
 from qlora_rs.checkpoint.source import unquantized_config
@@ -195,7 +195,7 @@ class _Packer:
         for first in range(0, rows, step):
             piece = weight[first : first + step].float()
             if not torch.isfinite(torch.stack(torch.aminmax(piece))).all():
-                raise NonFiniteError(f"{self.job.where(row)}: holds NaN or infinite values, which no code stands for")
+                raise NonFiniteError(f"{self.job.where(row)}: {NONFINITE}")
             try:
                 codes, scale = quantize_groups(piece, self.group_size, self.dtype)
             except FormatError as error:
@@ -229,7 +229,10 @@ class _Packer:
                 return None
             words.append(_words(codes))
             scales.append(scale.repeat_interleave(weight.group_size // self.group_size, 1))
-        return torch.cat(words), torch.cat(scales)
+        taken_over = torch.cat(words), torch.cat(scales)
+        if not bool(torch.isfinite(taken_over[1]).all()):
+            raise NonFiniteError(f"{self.job.where(row)}: {NONFINITE}")
+        return taken_over
 
 
 def _plan_parts(

@@ -21,7 +21,7 @@ from qlora_rs.checkpoint.gguf_names import ARCHITECTURE, ROPE_FACTORS, rotated_h
 from qlora_rs.checkpoint.gguf_rope import llama3_factors, rope_parameters
 from qlora_rs.checkpoint.gguf_tokenizer import add_tokenizer
 from qlora_rs.checkpoint.inspection import TensorRow
-from qlora_rs.checkpoint.job import Job
+from qlora_rs.checkpoint.job import NONFINITE, Job
 from qlora_rs.checkpoint.plain import cast
 from qlora_rs.checkpoint.slices import SLICE_ELEMENTS, SliceReader, element_ranges, kept_values, sliced_rows
 from qlora_rs.checkpoint.source import CONFIG
@@ -296,9 +296,10 @@ def _by_rows(job: Job, row: TensorRow) -> PackedTensor | None:
 def _encoded(job: Job, planned: PlannedRow, piece: Tensor, gguf: Any) -> Any:
     """Bytes of a slice in the type of the file."""
     try:
+        made = planned.kind == "Q8_0" or (planned.row is not None and planned.row.kind == "packed")
+        if made and not bool(torch.isfinite(torch.stack(torch.aminmax(piece))).all()):
+            raise FormatError(NONFINITE)
         if planned.kind == "Q8_0":
-            if not bool(torch.isfinite(torch.stack(torch.aminmax(piece))).all()):
-                raise FormatError("holds NaN or infinite values, which Q8_0 cannot")
             return gguf.quantize(piece.numpy(), gguf.GGMLQuantizationType.Q8_0).data
         dtype = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}[planned.kind]
         return cast(piece, dtype).contiguous().reshape(-1).view(torch.uint8).numpy().data

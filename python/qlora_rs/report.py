@@ -9,6 +9,21 @@ from typing import Any, TypeVar
 
 Row = TypeVar("Row")
 
+# Control characters but for line ends and tabs, and the bytes of file names that are no UTF-8, as Python holds them.
+_SPELLED = {code: f"\\x{code:02x}" for code in (*range(0x20), *range(0x7F, 0xA0)) if chr(code) not in "\n\t"}
+_SPELLED |= {
+    code: f"\\x{code & 0xFF:02x}" if 0xDC80 <= code < 0xDD00 else f"\\u{code:04x}" for code in range(0xD800, 0xE000)
+}
+
+
+def as_text(name: str) -> str:
+    """A name out of a file, or of one, for people: what is no letter is spelled out, and commands no terminal.
+
+    >>> as_text("a\\x1b[2J"), as_text("caf\\udce9")
+    ('a\\\\x1b[2J', 'caf\\\\xe9')
+    """
+    return name.translate(_SPELLED)
+
 
 @dataclass(frozen=True)
 class PackedEntry:

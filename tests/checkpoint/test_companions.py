@@ -9,6 +9,7 @@ from qlora_rs.checkpoint.source import open_source
 
 CARRIED = ["LICENSE", "chat_template.jinja", "nested/deep/vocab.txt", "tokenizer.json"]
 LEFT = {
+    ".qlora_rs_journal.jsonl": "the journal of a run that was interrupted",
     ".cache/": "download cache",
     ".git/": "version control",
     "elsewhere/": "a link to a folder",

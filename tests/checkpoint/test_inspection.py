@@ -108,3 +108,23 @@ def test_a_config_from_elsewhere_or_later_is_an_error(make_model, tmp_path, chan
     path.write_text(json.dumps(config))
     with pytest.raises(qlora_rs.FormatError, match=next(iter(change))):
         checkpoint.inspect(tmp_path / "packed")
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "match"),
+    [
+        ("block_size", 63, "block_size is one of 32"),
+        ("quant_type", "nf5", "quant_type is one of nf4"),
+        ("modules_to_not_convert", 7, "a list of names for modules_to_not_convert; got 7"),
+        ("modules_to_not_convert", ["lm_head", 7], "a list of names for modules_to_not_convert"),
+    ],
+)
+def test_a_wrong_field_of_quantization_config_is_named_with_its_file(make_model, tmp_path, field, value, match):
+    checkpoint.quantize(make_model(), tmp_path / "packed")
+    path = tmp_path / "packed" / "config.json"
+    config = json.loads(path.read_text())
+    config["quantization_config"][field] = value
+    path.write_text(json.dumps(config))
+    for read in (checkpoint.inspect, qlora_rs.from_pretrained):
+        with pytest.raises(qlora_rs.FormatError, match=rf"packed/config\.json: quantization_config: .*{match}"):
+            read(tmp_path / "packed")

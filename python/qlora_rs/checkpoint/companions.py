@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from qlora_rs.checkpoint.journal import JOURNAL
 from qlora_rs.checkpoint.source import CONFIG, INDEX, Source
 from qlora_rs.report import SkippedEntry
 
@@ -38,6 +39,8 @@ def companion_files(source: Source) -> tuple[list[str], list[SkippedEntry]]:
                     walk(relative + "/")
             elif not entry.is_file():
                 leave(relative, "not a regular file", entry)
+            elif name.startswith(JOURNAL):
+                leave(relative, "the journal of a run that was interrupted", entry)
             elif entry.suffix == ".safetensors":
                 leave(relative, "weights that are not part of the model's index", entry)
             elif entry.suffix in FOREIGN_SUFFIXES or name.endswith((".bin.index.json", ".safetensors.index.json")):

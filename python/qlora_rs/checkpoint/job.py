@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from qlora_rs.checkpoint.inspection import CheckpointInfo, TensorRow
 from qlora_rs.checkpoint.plain import cast
+from qlora_rs.checkpoint.shards import PlannedTensor
 from qlora_rs.checkpoint.source import Source
 from qlora_rs.checkpoint.weights import TensorReader
 from qlora_rs.errors import FormatError
@@ -64,6 +65,17 @@ class Job:
     def stored(self, name: str) -> Callable[[], Tensor]:
         """Reads a tensor as it is stored."""
         return partial(self.reader.stored, name)
+
+    def require_distinct(self, planned: Iterable[PlannedTensor]) -> None:
+        """Raise FormatError where two of the tensors to write have one name."""
+        found = set()
+        for tensor in planned:
+            if tensor.name in found:
+                raise FormatError(
+                    f"{self.source.path}: tensor {tensor.name!r} would be written twice: the source has one of the "
+                    "name that a part of a packed weight gets"
+                )
+            found.add(tensor.name)
 
     def read_bytes(self) -> dict[str, int]:
         """What of the source each tensor takes, in bytes; a packed weight's parts count with its codes."""

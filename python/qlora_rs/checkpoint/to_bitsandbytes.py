@@ -70,6 +70,7 @@ def _plan_flat(job: Job, notes: list[str]) -> ModelPlan:
             size = math.prod(shape) * (1 if stored == "U8" else 4)
             planned.append(PlannedTensor(row.name + part, stored, shape, size))
             parts[row.name + part] = read
+    job.require_distinct(planned)
     planned.sort(key=lambda tensor: tensor.name)
     shards = plan_shards(planned, job.max_shard_size)
     config = _flat_config(job, dtype)

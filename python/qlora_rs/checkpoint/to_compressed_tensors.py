@@ -110,6 +110,7 @@ def plan_compressed(job: Job, group_size: int, notes: list[str]) -> CompressedPl
         else:
             together.append([PlannedTensor(row.name, row.dtype, row.shape, row.bytes)])
             parts[row.name] = job.stored(row.name)
+    job.require_distinct(tensor for group in together for tensor in group)
     config = {
         **unquantized_config(job.source.config),
         "quantization_config": _quantization(group_size, not_packed(job, notes, names)),

@@ -28,6 +28,7 @@ from qlora_rs.checkpoint.source import CONFIG
 from qlora_rs.errors import FormatError, UnsupportedError
 from qlora_rs.packed import PackedTensor
 from qlora_rs.quantization import dequantize
+from qlora_rs.report import as_text
 
 # gguf.LlamaFileType of files that are mostly of a type.
 FILE_TYPES = {"f16": 1, "q8_0": 7, "bf16": 32}
@@ -223,7 +224,7 @@ def _add_fields(
 ) -> None:
     width, heads = _head_dim(config), config["num_attention_heads"]
     writer.add_type(gguf.GGUFType.MODEL)
-    writer.add_name(Path(job.info.path).resolve().name.removesuffix(".gguf"))
+    writer.add_name(as_text(Path(job.info.path).resolve().name.removesuffix(".gguf")))
     writer.add_file_type(FILE_TYPES[output_type])
     if any(each.kind == "Q8_0" for each in planned):
         writer.add_quantization_version(QUANTIZATION_VERSION)

@@ -67,6 +67,7 @@ def plan_native(
             metadata[f"{row.name}.shape"] = json.dumps(list(row.shape))
         if row.transposed:
             metadata[f"{row.name}.transposed"] = "true"
+    job.require_distinct(tensor for group in together for tensor in group)
     config = {
         **unquantized_config(job.source.config),
         "quantization_config": {

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
+from io import TextIOWrapper
 from typing import NoReturn
 
 DIFFERENT, BAD_INPUT, SYSTEM, OUR_FAULT, INTERRUPTED = 1, 2, 3, 70, 130
@@ -24,6 +25,9 @@ def main() -> NoReturn:
     # Read once, when torch is imported. Its threads would go on spinning after each operator, and keep the cores from
     # ours: on two of them products with packed weights take nearly twice as long (benchmarks/README.md).
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    if isinstance(sys.stdout, TextIOWrapper):
+        # What a terminal has no letters for is spelled out, as stderr does it: names of files may be any bytes.
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         from qlora_rs.cli.app import app
 

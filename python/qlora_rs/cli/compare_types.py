@@ -9,6 +9,7 @@ import typer
 
 from qlora_rs.cli import output
 from qlora_rs.cli.arguments import Arithmetic, Device, MaxTokens, ResultAsJson, TextFile, Window
+from qlora_rs.report import as_text
 
 if TYPE_CHECKING:
     from qlora_rs.eval import TypeComparison
@@ -124,7 +125,7 @@ def _print_table(result: TypeComparison) -> None:
             "" if row.spec is None else f"{row.nats_over_stored:+.4f}",
             f"{row.seconds:.1f}",
         )
-        table.add_row(*(Text(cell) for cell in cells))
+        table.add_row(*(Text(as_text(cell)) for cell in cells))
     output.stdout.print(table)
     base = result.results[0].name
     block = next((row.spec.block_size for row in result.results if row.spec is not None), None)
@@ -132,4 +133,4 @@ def _print_table(result: TypeComparison) -> None:
         f"{result.tokens:,} tokens scored in windows of {result.window}, arithmetic in {result.dtype} "
         f"on {result.device}; lost: nats per token over {base}; blocks of {block}"
     )
-    output.stdout.print(Text(described), soft_wrap=True)
+    output.stdout.print(Text(as_text(described)), soft_wrap=True)

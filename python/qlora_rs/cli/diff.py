@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from qlora_rs.cli import DifferenceFound, output
+from qlora_rs.report import as_text
 
 if TYPE_CHECKING:
     from qlora_rs.checkpoint import DiffReport, TensorDiff
@@ -57,7 +58,7 @@ def _print_table(report: DiffReport, every: bool) -> None:
         ("B", report.b, report.format_b, report.spec_b),
     ):
         described = form if spec is None else f"{form}: {spec.describe()}"
-        output.stdout.print(Text(f"{label}  {path} ({described})"), soft_wrap=True)
+        output.stdout.print(Text(as_text(f"{label}  {path} ({described})")), soft_wrap=True)
     shown = [tensor for tensor in report.tensors if every or tensor.status != "same"]
     rows = [(tensor.name, [tensor]) for tensor in shown]
     if not every:
@@ -71,7 +72,7 @@ def _print_table(report: DiffReport, every: bool) -> None:
         table.add_column("relative", justify="right")
         for name, group in rows:
             cells = (name, str(len(group)), _found(group), *_figures(group))
-            table.add_row(*(Text(cell) for cell in cells))
+            table.add_row(*(Text(as_text(cell)) for cell in cells))
         output.stdout.print(table)
     output.stdout.print(Text(_summary(report)), soft_wrap=True)
 

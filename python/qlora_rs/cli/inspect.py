@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from qlora_rs.cli import output
+from qlora_rs.report import as_text
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -120,10 +121,10 @@ def _print_table(info: CheckpointInfo, every: bool) -> None:
             format_bytes(size),
             f"{row.bits_per_weight:.3f}",
         )
-        table.add_row(*(Text(cell) for cell in cells))
+        table.add_row(*(Text(as_text(cell)) for cell in cells))
 
     def say(label: str, value: str) -> None:
-        output.stdout.print(Text(f"{label:<10} {value}"), soft_wrap=True)
+        output.stdout.print(Text(as_text(f"{label:<10} {value}")), soft_wrap=True)
 
     say("path", info.path)
     schemes = [info.spec.describe()] if info.spec is not None else list(info.schemes)
@@ -149,7 +150,7 @@ def _print_analysis(analysis: Analysis) -> None:
     from rich.text import Text
 
     def say(label: str, value: str) -> None:
-        output.stdout.print(Text(f"{label:<10} {value}"), soft_wrap=True)
+        output.stdout.print(Text(as_text(f"{label:<10} {value}")), soft_wrap=True)
 
     weights = analysis.weights
     say("codes", f"{analysis.entropy:.3f} of {analysis.spec.bits} bits are information")

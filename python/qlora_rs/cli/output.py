@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
+
+from qlora_rs.report import as_text
 
 
 class _PipedConsole(Console):
@@ -24,17 +27,22 @@ stderr = _PipedConsole(stderr=True)
 
 def print_json(value: Any) -> None:
     """Print exactly one JSON document; numbers that JSON does not have (infinite, NaN) become null."""
-    print(json.dumps(_finite(value), indent=2, ensure_ascii=False), flush=True)
+    text = json.dumps(_finite(value), indent=2, ensure_ascii=False)
+    try:
+        text.encode(getattr(sys.stdout, "encoding", None) or "utf-8")
+    except UnicodeEncodeError:  # a file's name that is no text, or a terminal of few letters
+        text = json.dumps(_finite(value), indent=2)
+    print(text, flush=True)
 
 
 def print_result(text: str) -> None:
     """Print a result as it is; rich would wrap it, and turn tabs into spaces and ``:smile:`` into a picture."""
-    print(text, flush=True)
+    print(as_text(text), flush=True)
 
 
 def message(text: str) -> None:
     """Print a message as it is, above a progress bar where there is one."""
-    stderr.print(text, markup=False, emoji=False, highlight=False, soft_wrap=True)
+    stderr.print(as_text(text), markup=False, emoji=False, highlight=False, soft_wrap=True)
 
 
 def _finite(value: Any) -> Any:

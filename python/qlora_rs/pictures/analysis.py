@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from qlora_rs.checkpoint.figures import OUTLIER_RATIO, Analysis, WeightError, WeightFigures, part_of
-from qlora_rs.pictures.canvas import COLORS, MUTED, new_figure, plain_axes, save_png
+from qlora_rs.pictures.canvas import COLORS, MUTED, label, new_figure, plain_axes, save_png
 
 EXTRA, PURPOSE = "report", "drawing a report"
 NO_SOURCE = "No 16-bit source was given, so errors are not known: give it with --source."
@@ -27,8 +27,8 @@ def draw_analysis(analysis: Analysis, path: Path) -> None:
     figure = new_figure(16, 1.0 + 4.2 * len(rows), EXTRA, PURPOSE)
     for part, row in zip(figure.subfigures(len(rows), 1, squeeze=False)[:, 0], rows, strict=True):
         _draw_row(part, analysis, row)
-    title = f"{Path(analysis.path).resolve().name}: {analysis.spec.describe()}"
-    note = NO_SOURCE if analysis.source is None else f"errors against {Path(analysis.source).resolve().name}"
+    title = f"{label(Path(analysis.path).resolve().name)}: {analysis.spec.describe()}"
+    note = NO_SOURCE if analysis.source is None else f"errors against {label(Path(analysis.source).resolve().name)}"
     figure.suptitle(f"{title}\n{note}", fontsize=12)
     save_png(figure, path)
 
@@ -142,7 +142,7 @@ def _outliers(axes: Any, analysis: Analysis) -> None:
     plain_axes(axes, title, _depth_label(analysis), "largest value / root mean square, log scale")
     for index, (name, points) in enumerate(_by_part(analysis.weights, lambda weight: weight.largest_ratio)):
         marker = "o" if index < len(COLORS) else "x"
-        axes.plot(*zip(*points, strict=True), marker, ms=4, color=COLORS[index % len(COLORS)], label=name)
+        axes.plot(*zip(*points, strict=True), marker, ms=4, color=COLORS[index % len(COLORS)], label=label(name))
     medians = [weight.median_ratio for weight in analysis.weights if weight.median_ratio > 0]
     axes.set_yscale("log")
     axes.yaxis.set_major_formatter("{x:.3g}")
@@ -159,12 +159,14 @@ def _bits(axes: Any, analysis: Analysis) -> None:
     title = f"Bits per parameter: {analysis.bits_per_parameter:.3f} on the whole"
     plain_axes(axes, title, "bits per parameter (right: share of the model's bytes)")
     parts = sorted(analysis.parts, key=lambda part: part.bytes)[-14:]
-    names = [part.name for part in parts]
+    names = [label(part.name) for part in parts]
     codes = [8 * part.code_bytes / max(1, part.parameters) for part in parts]
     scales = [8 * part.scale_bytes / max(1, part.parameters) for part in parts]
     colors = [COLORS[0] if part.kind == "packed" else COLORS[7] for part in parts]
-    axes.barh(names, codes, color=colors, height=0.7)
-    axes.barh(names, scales, left=codes, color=COLORS[4], height=0.7)
+    places = range(len(names))
+    axes.barh(places, codes, color=colors, height=0.7)
+    axes.barh(places, scales, left=codes, color=COLORS[4], height=0.7)
+    axes.set_yticks(places, names)
     for index, part in enumerate(parts):
         text = f"{part.bits_per_parameter:.3f} ({100 * part.bytes / max(1, analysis.total_bytes):.1f} %)"
         at = (part.bits_per_parameter, index)
@@ -192,7 +194,7 @@ def _lines(axes: Any, analysis: Analysis, figure: Callable[[WeightError], float]
         style = "-" if index < len(COLORS) else "--"
         marker = "o" if len(points) < 3 else ""
         color = COLORS[index % len(COLORS)]
-        axes.plot(*zip(*points, strict=True), style, color=color, marker=marker, ms=4, lw=1.4, label=name)
+        axes.plot(*zip(*points, strict=True), style, color=color, marker=marker, ms=4, lw=1.4, label=label(name))
     axes.xaxis.get_major_locator().set_params(integer=True)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from qlora_rs.checkpoint.folder import replacing
 from qlora_rs.errors import require_extra
+from qlora_rs.report import as_text
 
 # One colour a series, in this order; chosen to stay apart for colour-blind readers (Okabe and Ito, 2008).
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C564B", "#4D4D4D")
@@ -32,6 +33,13 @@ def new_figure(width: float, height: float, extra: str, purpose: str) -> Any:
     figure = figures.Figure(figsize=(width, height), dpi=120, layout="constrained")
     backend.FigureCanvasAgg(figure)
     return figure
+
+
+def label(name: str) -> str:
+    """A name of a folder or a tensor as text of a picture: not endless, and ``$`` begins no formula."""
+    text = as_text(name)
+    text = text if len(text) <= 60 else f"{text[:30]} ... {text[-25:]}"
+    return text.replace("$", r"\$")
 
 
 def plain_axes(axes: Any, title: str, x: str = "", y: str = "") -> None:

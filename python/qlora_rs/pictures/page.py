@@ -11,7 +11,7 @@ from qlora_rs.checkpoint.figures import OUTLIER_RATIO, Analysis, WeightFigures
 from qlora_rs.checkpoint.folder import naming, replacing
 from qlora_rs.pictures.analysis import NO_SOURCE, draw_section, sections
 from qlora_rs.pictures.canvas import to_svg
-from qlora_rs.report import format_bytes
+from qlora_rs.report import as_text, format_bytes
 
 STYLE = """
 :root { color-scheme: light; }
@@ -206,4 +206,4 @@ def _table(titles: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def _text(value: str) -> str:
-    return html.escape(value)
+    return html.escape(as_text(value))

@@ -107,5 +107,5 @@ def convert(
     if as_json:
         output.print_json(report.to_dict())
         return
-    output.print_result(str(report))
+    output.print_report(str(report))
     output.message(f"{'would be written' if dry_run else 'written'} to {dst}")

@@ -58,5 +58,5 @@ def merge(
     if as_json:
         output.print_json(report.to_dict())
         return
-    output.print_result(str(report))
+    output.print_report(str(report))
     output.message(f"written to {dst}")

@@ -37,7 +37,12 @@ def print_json(value: Any) -> None:
 
 def print_result(text: str) -> None:
     """Print a result as it is; rich would wrap it, and turn tabs into spaces and ``:smile:`` into a picture."""
-    print(as_text(text), flush=True)
+    print(text, flush=True)
+
+
+def print_report(text: str) -> None:
+    """Print a result in which names out of files occur."""
+    print_result(as_text(text))
 
 
 def message(text: str) -> None:

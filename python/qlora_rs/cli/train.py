@@ -171,4 +171,4 @@ def train(
     if as_json:
         output.print_json(report.to_dict())
     else:
-        output.print_result(str(report))
+        output.print_report(str(report))

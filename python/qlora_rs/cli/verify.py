@@ -53,6 +53,6 @@ def verify(
     if as_json:
         output.print_json(report.to_dict())
     else:
-        output.print_result(str(report))
+        output.print_report(str(report))
     if not report.same:
         raise DifferenceFound

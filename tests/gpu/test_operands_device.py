@@ -26,8 +26,8 @@ def assert_product(
 ) -> None:
     """Every element against float64, of random operands: a block that is left out, or one row of many, is seen.
 
-    Rounding weights to 8 bits moves a sum by about 2^-10 of the root of its squares' sum: 12 times that is allowed, and two
-    roundings of the result.
+    Rounding weights to 8 bits moves a sum by some 2^-10 of the root of its squares' sum: 12 times that is allowed, and
+    two roundings of the result.
     """
     x, weight = x.double(), weight.double()
     want, squares = x @ weight.mT, x.square() @ weight.square().mT

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as module_of_torch
 
-from qlora_rs import ops
+from qlora_rs import ops, transformed_product
 from qlora_rs.experts import PackedExperts
 from qlora_rs.linear import Linear4bit
 from qlora_rs.selection import matches, select_linear
@@ -23,8 +23,6 @@ ALL_LINEAR = "all-linear"
 
 class LoraTerm(torch.autograd.Function):
     """``s x A^T B^T`` that keeps only x, A and B; ``x A^T`` is made again in the backward pass (r columns: cheap)."""
-
-    generate_vmap_rule = True
 
     @staticmethod
     def forward(x: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
@@ -53,6 +51,30 @@ class LoraTerm(torch.autograd.Function):
             inner = (x @ a.to(x.dtype).T) * ctx.scaling
             grad_b = (_rows(grad).T @ _rows(inner)).to(b.dtype)
         return grad_x, grad_a, grad_b, None
+
+
+class TransformedLoraTerm(LoraTerm):
+    """The same for forward-mode gradients and `torch.func`; a compiler takes no function that can do more."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        """Save the inputs, for slopes too."""
+        LoraTerm.setup_context(ctx, inputs, output)
+        ctx.save_for_forward(*inputs[:3])
+
+    @staticmethod
+    def jvp(
+        ctx: Any, x_slope: Tensor | None, a_slope: Tensor | None, b_slope: Tensor | None, *_: object
+    ) -> Tensor | None:
+        """The slope of the term along those of x, A and B."""
+        x, a, b = ctx.saved_tensors
+        moved = ((x_slope, a, b), (x, a_slope, b), (x, a, b_slope))
+        terms = [
+            TransformedLoraTerm.apply(*each, ctx.scaling) for each in moved if all(part is not None for part in each)
+        ]
+        return sum(terms[1:], terms[0]) if terms else None
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -154,7 +176,8 @@ class LoraLinear(nn.Module):
             term_input = nn.functional.dropout(term_input, self.lora_dropout)
         # Before the base, which saves nothing on a device: a recomputation ends with the last tensor that is saved, and
         # so need not make a block's last product again.
-        term: Tensor = LoraTerm.apply(term_input, self.lora_A, self.lora_B, self.scaling)
+        rule = TransformedLoraTerm if transformed_product.is_wanted(slopes=True) else LoraTerm
+        term: Tensor = rule.apply(term_input, self.lora_A, self.lora_B, self.scaling)
         y = self.base_layer(x)
         return y + term.to(y.dtype)
 

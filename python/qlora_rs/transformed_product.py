@@ -6,6 +6,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from qlora_rs import ops
 from qlora_rs.direct import Parts
@@ -24,10 +25,15 @@ class Product(Protocol):
         """The gradient of x: dY W."""
 
 
-def is_wanted() -> bool:
-    """Is a transform under way that differentiates or batches? A compiler has to see the operators."""
+def is_wanted(*, slopes: bool = False) -> bool:
+    """Is a transform under way that differentiates or batches? A compiler has to see the operators.
+
+    ``slopes``: forward-mode gradients without a transform count too.
+    """
     if torch.compiler.is_compiling():
         return False
+    if slopes and forward_ad._current_level >= 0:
+        return True
     transform = torch._C._functorch.peek_interpreter_stack()
     return transform is not None and transform.key() in _TRANSFORMS
 

@@ -7,6 +7,7 @@ from functools import partial
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.func import functional_call, functionalize, grad, hessian, jacfwd, jacrev, jvp, stack_module_state, vjp, vmap
 
 import qlora_rs
@@ -71,6 +72,56 @@ def test_what_a_transform_gives_can_be_differentiated_by_autograd(pair) -> None:
         y = vmap(module)(x).square().sum() + grad(lambda v, m=module: m(v).square().sum())(x).sum()
         gradients.append(torch.autograd.grad(y, x)[0])
     close(*gradients)
+
+
+class FloatLora(nn.Module):
+    """A layer with an adapter in torch's own operations."""
+
+    def __init__(self, layer: LoraLinear) -> None:
+        super().__init__()
+        self.base = nn.Linear(IN, OUT)
+        self.base.weight.data, self.base.bias.data = layer.base_layer.dequantize(torch.float32), layer.bias.detach()
+        self.lora_A, self.lora_B, self.scaling = layer.lora_A, layer.lora_B, layer.scaling
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.base(x) + self.scaling * (x @ self.lora_A.T) @ self.lora_B.T
+        return y
+
+
+@pytest.mark.parametrize(
+    "transform", [rule for name, rule in TRANSFORMS.items() if name not in ("of the bias", "functionalize")]
+)
+def test_a_transform_of_a_layer_with_an_adapter_is_that_of_its_floats(transform) -> None:
+    layer = LoraLinear(by_rows(), r=3)
+    nn.init.normal_(layer.lora_B)
+    x = torch.randn(4, 3, IN)
+    close(transform(layer, x), transform(FloatLora(layer), x))
+
+
+def test_forward_mode_gradients_of_a_layer_with_an_adapter() -> None:
+    layer, x = LoraLinear(by_rows(), r=3), torch.randn(2, IN)
+    nn.init.normal_(layer.lora_B)
+    with forward_ad.dual_level():
+        ours, theirs = (forward_ad.unpack_dual(m(forward_ad.make_dual(x, x.cos()))) for m in (layer, FloatLora(layer)))
+        close(ours.primal, theirs.primal)
+        close(ours.tangent, theirs.tangent)
+
+
+def test_slopes_along_an_adapters_matrices() -> None:
+    layer, x = LoraLinear(by_rows(), r=3), torch.randn(2, IN)
+    nn.init.normal_(layer.lora_B)
+    matrices = {name: p.detach() for name, p in layer.named_parameters() if "lora" in name}
+    slopes = {name: torch.randn_like(p) for name, p in matrices.items()}
+    for names in (["lora_A"], ["lora_B"], ["lora_A", "lora_B"]):
+        ours, theirs = (
+            jvp(
+                lambda chosen, m=module: functional_call(m, chosen, (x,)),
+                ({name: matrices[name] for name in names},),
+                ({name: slopes[name] for name in names},),
+            )
+            for module in (layer, FloatLora(layer))
+        )
+        close(ours, theirs)
 
 
 def test_gradients_of_adapters_sample_by_sample() -> None:

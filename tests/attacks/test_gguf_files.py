@@ -8,6 +8,8 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
+import gguf
+import numpy as np
 import pytest
 
 from qlora_rs import FormatError, QloraError, UnsupportedError
@@ -117,3 +119,71 @@ def test_the_header_of_a_good_file_passes(whole, tmp_path: Path) -> None:
     path = tmp_path / "model.gguf"
     path.write_bytes(whole)
     check_header(path)
+
+
+FIELDS = [
+    *(f"llama.{name}" for name in ("attention.head_count", "attention.head_count_kv", "attention.key_length")),
+    *(f"llama.{name}" for name in ("rope.dimension_count", "rope.freq_base", "rope.scaling.factor")),
+    *("llama.attention.layer_norm_rms_epsilon", "llama.block_count", "llama.expert_count", "split.count"),
+    *("general.alignment", "general.architecture", "tokenizer.ggml.model", "tokenizer.ggml.bos_token_id"),
+]
+
+
+@pytest.mark.parametrize("value", ["abc", -5, 0, 33, 1 << 62, float("nan"), [1, 2, 3], ["a"], True])
+def test_fields_of_other_kinds_end_in_our_errors_or_in_none(tmp_path, fields_and_tensors, value) -> None:
+    for name in FIELDS:
+        path = tmp_path / "model.gguf"
+        write(path, {**fields_and_tensors[0], "llama.rope.scaling.type": "linear", name: value}, fields_and_tensors[1])
+        with suppress(QloraError):
+            inspect(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("llama.rope.freq_base", "abc", r"llama\.rope\.freq_base is 'abc', not a number"),
+        ("llama.attention.layer_norm_rms_epsilon", float("nan"), "layer_norm_rms_epsilon is nan, not a number"),
+        ("llama.rope.dimension_count", [1], r"rope\.dimension_count is \[1\], not a positive integer"),
+        ("llama.attention.key_length", 33, "heads are 33 wide"),
+        ("split.count", "abc", "is one of 'abc' parts"),
+    ],
+)
+def test_a_field_of_another_kind_is_named(tmp_path, fields_and_tensors, name, value, message) -> None:
+    write(tmp_path / "model.gguf", {**fields_and_tensors[0], name: value}, fields_and_tensors[1])
+    with pytest.raises(QloraError, match=rf"model\.gguf: .*{message}"):
+        inspect(tmp_path / "model.gguf")
+
+
+@pytest.mark.parametrize("shape", [(0,), (4, 4), (7,)])
+def test_rope_factors_of_another_shape_are_refused(tmp_path, fields_and_tensors, shape) -> None:
+    fields, tensors = fields_and_tensors
+    write(tmp_path / "model.gguf", fields, {**tensors, "rope_freqs.weight": np.ones(shape, np.float32)})
+    with pytest.raises(QloraError, match=r"model\.gguf: .*rope_freqs\.weight"):
+        inspect(tmp_path / "model.gguf")
+
+
+@pytest.fixture(scope="module")
+def fields_and_tensors(whole, tmp_path_factory):
+    """What a good file holds."""
+    path = tmp_path_factory.mktemp("gguf") / "good.gguf"
+    path.write_bytes(whole)
+    reader = gguf.GGUFReader(path)
+    fields = {name: field.contents() for name, field in reader.fields.items() if not name.startswith("GGUF.")}
+    return fields, {tensor.name: np.array(tensor.data) for tensor in reader.tensors}
+
+
+def write(path: Path, fields: dict[str, object], tensors: dict[str, np.ndarray]) -> None:
+    """A GGUF file of these; the kind of a field is that of its value."""
+    kinds = {bool: "BOOL", str: "STRING", int: "INT64", float: "FLOAT32"}
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.kv_data[0].clear()
+    for name, value in fields.items():
+        inner = value[0] if isinstance(value, list) else value
+        kind = gguf.GGUFValueType[kinds[type(inner)]]
+        writer.add_key_value(name, value, gguf.GGUFValueType.ARRAY if isinstance(value, list) else kind, sub_type=kind)
+    for name, data in tensors.items():
+        writer.add_tensor(name, data)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,9 +10,12 @@ from typing import Any
 
 from torch import Tensor, allclose
 
-from qlora_rs.checkpoint.gguf_names import BIASES, NORMS
+from qlora_rs.checkpoint.gguf_names import BIASES, NORMS, ROPE_FACTORS
 from qlora_rs.checkpoint.gguf_rope import DEFAULT_THETA, llama3_factors
 from qlora_rs.errors import FormatError, UnsupportedError
+
+# What is shown of a field's value in a message.
+_SHOWN = 100
 
 
 @dataclass(frozen=True)
@@ -72,8 +76,11 @@ def model_config(
     layers = reading.size("block_count")
     if layers > len(shapes):  # before names are made for as many
         raise FormatError(f"{path}: says that it has {layers} layers, but holds {len(shapes)} tensors")
-    width = int(reading.get("attention.key_length", reading.get("rope.dimension_count", hidden // heads)))
-    if reading.get("rope.dimension_count", width) != width:
+    rotated = None if reading.get("rope.dimension_count", None) is None else reading.size("rope.dimension_count")
+    width = reading.size("attention.key_length", rotated or hidden // heads)
+    if width % 2:
+        raise FormatError(f"{path}: heads are {width} wide, but rotary embeddings turn pairs")
+    if rotated not in (None, width):
         raise UnsupportedError(f"{path}: rotates a part of each head only, which {family.model_type} models do not")
     config: dict[str, Any] = {
         "architectures": [family.model_class],
@@ -87,7 +94,7 @@ def model_config(
         "head_dim": width,
         "max_position_embeddings": reading.size("context_length"),
         "vocab_size": embedding[0],
-        "rms_norm_eps": float(reading.get("attention.layer_norm_rms_epsilon", 1e-6)),
+        "rms_norm_eps": reading.number("attention.layer_norm_rms_epsilon", 1e-6),
         "rope_parameters": _rope(path, reading, factors, width),
         "tie_word_embeddings": "output.weight" not in shapes,
         "hidden_act": "silu",
@@ -97,7 +104,7 @@ def model_config(
         config["mlp_bias"] = False
     for key, field in (("bos", "bos"), ("eos", "eos"), ("pad", "padding")):
         number = fields.get(f"tokenizer.ggml.{field}_token_id")
-        if isinstance(number, int) and 0 <= number < embedding[0]:
+        if type(number) is int and 0 <= number < embedding[0]:
             config[f"{key}_token_id"] = number
     return config
 
@@ -118,23 +125,36 @@ class _Fields:
         """A positive integer."""
         value = self.get(name, default)
         if type(value) is not int or not 0 < value < 1 << 31:
-            raise FormatError(f"{self.path}: field {self.architecture}.{name} is {value!r}, not a positive integer")
+            raise self._error(name, value, "a positive integer")
         return value
+
+    def number(self, name: str, default: float) -> float:
+        """A finite number."""
+        value = self.get(name, default)
+        if type(value) not in (int, float) or not math.isfinite(value):
+            raise self._error(name, value, "a number")
+        return float(value)
+
+    def _error(self, name: str, value: object, expected: str) -> FormatError:
+        shown = repr(value)[:_SHOWN]
+        return FormatError(f"{self.path}: field {self.architecture}.{name} is {shown}, not {expected}")
 
 
 def _rope(path: Path, reading: _Fields, factors: Tensor | None, width: int) -> dict[str, Any]:
-    theta = float(reading.get("rope.freq_base", DEFAULT_THETA))
+    theta = reading.number("rope.freq_base", DEFAULT_THETA)
     kind = reading.get("rope.scaling.type", "none")
     if kind == "linear":
         return {
             "rope_type": "linear",
             "rope_theta": theta,
-            "factor": float(reading.get("rope.scaling.factor", 1.0)),
+            "factor": reading.number("rope.scaling.factor", 1.0),
         }
     if kind != "none":
         raise UnsupportedError(f"{path}: stretches its context by {kind!r}; linear and Llama 3's way are read")
     if factors is None:
         return {"rope_type": "default", "rope_theta": theta}
+    if factors.shape != (width // 2,):
+        raise FormatError(f"{path}: tensor {ROPE_FACTORS!r} has shape {list(factors.shape)}, not [{width // 2}]")
     # The file holds what became of these, not themselves; every Llama 3 has the same three.
     guess = {
         "rope_type": "llama3",
@@ -145,6 +165,6 @@ def _rope(path: Path, reading: _Fields, factors: Tensor | None, width: int) -> d
         "original_max_position_embeddings": 8192,
     }
     expected = llama3_factors(guess, width)
-    if factors.shape != expected.shape or not allclose(factors, expected, rtol=1e-4):
-        raise UnsupportedError(f"{path}: rope_freqs.weight holds frequencies that are not those of a Llama 3 model")
+    if not allclose(factors, expected, rtol=1e-4):
+        raise UnsupportedError(f"{path}: {ROPE_FACTORS} holds frequencies that are not those of a Llama 3 model")
     return guess

@@ -111,8 +111,8 @@ def _opened(path: Path, identity: tuple[int, ...]) -> tuple[Source, TokenizerFie
         fields = {name: field.contents() for name, field in reader.fields.items()}
     except Exception as error:  # whatever gguf-py raises for what it cannot take
         raise FormatError(f"{path}: gguf-py cannot read it: {first_line(error)}") from None
-    if int(fields.get("split.count") or 1) > 1:
-        raise UnsupportedError(f"{path}: is one of {fields['split.count']} parts; llama.cpp's gguf-split merges them")
+    if fields.get("split.count", 1) not in (0, 1):
+        raise UnsupportedError(f"{path}: is one of {fields['split.count']!r} parts; llama.cpp's gguf-split merges them")
     stored = {tensor.name: tensor for tensor in reader.tensors}
     config = model_config(path, fields, {name: _shape(tensor) for name, tensor in stored.items()}, _factors(stored))
     family = FAMILIES[str(fields["general.architecture"])]

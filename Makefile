@@ -93,7 +93,7 @@ format: $(VENV)/dev.stamp ## format Rust and Python in place
 define write_stubs
 	@rm -rf build/stubs
 	$(MATURIN) generate-stubs --quiet --manifest-path rust/py/Cargo.toml --out build/stubs
-	@sed -i -e 's/\(->\|:\) dict\b/\1 dict[str, Any]/' -e 's/-> tuple:/-> tuple[int, ...]:/' \
+	@sed -i -e 's/\(->\|:\) dict\([:,)]\)/\1 dict[str, Any]\2/g' -e 's/-> tuple:/-> tuple[int, ...]:/' \
 		-e 's/^def __getattr__.*/BLOCK_SIZES: Final[list[int]]\nQUANT_TYPES: Final[list[str]]/' build/stubs/qlora_rs/_core.pyi
 	@$(BIN)/ruff check --quiet --fix --select I,F401 build/stubs
 	@$(BIN)/ruff format --quiet build/stubs

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from qlora_rs import _bridge
+from qlora_rs._addresses import DTYPE_CODES
 from qlora_rs._core import DeviceWeight
 from qlora_rs.packed import FLOAT_DTYPES, PackedShapes
 from qlora_rs.spec import QuantSpec
@@ -21,8 +22,6 @@ from qlora_rs.spec import QuantSpec
 DEVICES = ("cpu", "cuda", "meta")
 # Gives a weight in some type: the same values that dequantizing it anew would give.
 Dequantize = Callable[[torch.dtype], Tensor]
-# On the CPU. From here on the matrix product of torch makes up for the time that dequantizing takes.
-MOST_FUSED_TOKENS = 32
 
 _library = torch.library.Library("qlora_rs", "DEF")
 _PACKED = "Tensor codes, Tensor absmax, Tensor? absmax_scale, Tensor? absmax_offset, SymInt columns"
@@ -203,7 +202,7 @@ def linear(x: Tensor, packed: Sequence[Any], bias: Tensor | None, dequantize: De
     if x.is_cuda and x.dtype in FLOAT_DTYPES:
         return device_linear(x, _device_weight(*packed), bias, dequantize)
     _expect_width("x", "in_features", x, packed[4])
-    if _fuses_on_cpu(x, packed[0]):
+    if _fuses_on_cpu(x, *packed):
         spec = _checked(*packed)
         codes, absmax, scale, offset = packed[:4]
         return _bridge.linear_cpu(x, codes, absmax, scale, offset, spec, None if bias is None else bias.to(x.dtype))
@@ -245,10 +244,31 @@ def autocasted(x: Tensor) -> Tensor:
     return x.to(torch.get_autocast_dtype(kind))
 
 
-def _fuses_on_cpu(x: Tensor, codes: Tensor) -> bool:
+@lru_cache(maxsize=256)
+def most_fused_tokens(spec: QuantSpec, dtype: torch.dtype) -> int:
+    """Most tokens of float32, bfloat16 or float16 that the CPU multiplies with the codes themselves.
+
+    From there on the matrix product of torch makes up for the time that dequantizing takes.
+    """
+    return spec.core().most_fused_tokens(DTYPE_CODES[dtype])
+
+
+def _fuses_on_cpu(
+    x: Tensor,
+    codes: Tensor,
+    absmax: Tensor,
+    absmax_scale: Tensor | None,
+    absmax_offset: Tensor | None,
+    columns: int,
+    quant_type: str,
+    block_size: int,
+    codebook: Sequence[float] | None,
+) -> bool:
     """Is a product made without dequantizing the weight first?"""
-    few = 0 < x.numel() <= MOST_FUSED_TOKENS * x.shape[-1]
-    return few and x.dtype in FLOAT_DTYPES and x.device.type == codes.device.type == "cpu" and codes.ndim == 2
+    if x.dtype not in FLOAT_DTYPES or not x.device.type == codes.device.type == "cpu" or codes.ndim != 2:
+        return False
+    spec = _spec(quant_type, block_size, absmax_scale is not None, None if codebook is None else tuple(codebook))
+    return 0 < x.numel() <= most_fused_tokens(spec, x.dtype) * columns
 
 
 def _expect_width(name: str, meaning: str, x: Tensor, expected: int) -> None:

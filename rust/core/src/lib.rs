@@ -34,7 +34,7 @@ pub use dynamic_map::{DynamicMap, dynamic_map_signed, dynamic_thresholds};
 pub use error::CoreError;
 pub use float::{FloatType, Floats, FloatsMut};
 pub use layout::{Layout, NESTED_BLOCK_SIZE};
-pub use matvec::{PackedMatrix, linear};
+pub use matvec::{PackedMatrix, linear, most_fused_tokens};
 pub use optim::Rule;
 pub use optim_step::{Parameter, State, optimizer_step, squared_norm};
 pub use optimizer_state::{STATE_BLOCK_SIZE, dequantize_state, quantize_state};

@@ -2,9 +2,10 @@
 
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
-use qlora_core::{BLOCK_SIZES, QuantSpec, QuantType};
+use qlora_core::{BLOCK_SIZES, QuantSpec, QuantType, most_fused_tokens};
 
 use crate::boundary::IntoPyErr;
+use crate::quantize::float_type;
 
 /// How weights become codes; made once, valid from then on.
 #[pyclass(frozen, module = "qlora_rs._core")]
@@ -40,6 +41,12 @@ impl Spec {
     #[getter]
     fn zero_code(&self) -> u8 {
         self.inner.codebook().zero_code()
+    }
+
+    /// Most tokens of `dtype` (0 float32, 1 bfloat16, 2 float16) for which `linear` is faster on this processor than
+    /// dequantizing and a dense product.
+    fn most_fused_tokens(&self, dtype: u8) -> PyResult<usize> {
+        most_fused_tokens(&self.inner, float_type(dtype)?).map_err(IntoPyErr::into_py_err)
     }
 }
 

@@ -5,7 +5,8 @@ use std::sync::OnceLock;
 
 use half::bf16;
 
-use super::{Kernels, SimdLevel, dense, matvec_avx2, matvec_avx512, matvec_bf16};
+use super::amx::{self, Amx};
+use super::{Kernels, SimdLevel, dense, matvec_amx, matvec_avx2, matvec_avx512, matvec_bf16};
 use crate::codebook::Codebook;
 use crate::dequantize::{Table, dequantize_block};
 use crate::matvec::{self, LANES, LINE, Strip, UNIT};
@@ -13,6 +14,11 @@ use crate::matvec::{self, LANES, LINE, Strip, UNIT};
 /// Does the processor multiply bfloat16 itself, at this level?
 pub(crate) fn multiplies_bf16(level: SimdLevel) -> bool {
     level == SimdLevel::Avx512 && is_x86_feature_detected!("avx512bf16")
+}
+
+/// Does the processor multiply tiles of bfloat16, at this level?
+pub(crate) fn multiplies_tiles(level: SimdLevel) -> bool {
+    Amx::available(level)
 }
 
 /// Are products of bfloat16 faster by the processor's own instruction than in float32?
@@ -48,6 +54,10 @@ pub(crate) trait Staged: Copy + Send + Sync {
     const UNIT: usize;
     /// Consecutive elements that go to different vectors.
     const APART: usize;
+    /// Tokens whose elements lie together, a pair of each in turn.
+    const TOGETHER: usize = 1;
+    /// Rows that a strip has, but for the last.
+    const ROWS: usize = 24;
     /// Smaller blocks are not multiplied in this type.
     const LEAST_BLOCK: usize;
 
@@ -127,6 +137,47 @@ impl Staged for bf16 {
         check(strip, sums);
         // SAFETY: the processor has the features and the lengths fit, as just seen.
         unsafe { matvec_bf16::strip_products(strip, sums) };
+    }
+}
+
+/// Tokens for products of tiles: bfloat16.
+#[derive(Debug, Clone, Copy)]
+#[repr(transparent)]
+pub(crate) struct Tiled(bf16);
+
+impl Staged for Tiled {
+    type Table = [f32; 16];
+    const CODES_PER_BYTE: usize = 2;
+    const UNIT: usize = bf16::UNIT;
+    const APART: usize = bf16::APART;
+    const TOGETHER: usize = amx::SIDE;
+    const ROWS: usize = amx::ROWS;
+    const LEAST_BLOCK: usize = bf16::LEAST_BLOCK;
+
+    #[inline]
+    fn exactly(value: f32) -> Self {
+        Self(bf16::exactly(value))
+    }
+
+    fn table(book: &Codebook) -> Self::Table {
+        nibble_table(book)
+    }
+
+    fn strip_products(level: SimdLevel, strip: &Strip<'_, Self>, sums: &mut [f32]) {
+        assert!(level <= SimdLevel::detected() && multiplies_bf16(level), "the processor multiplies no bfloat16");
+        if strip.cols == 0 || sums.is_empty() {
+            return sums.fill(0.0);
+        }
+        check(strip, sums);
+        // SAFETY: the processor has the features and the lengths fit, as just seen; tiles are used nowhere else.
+        unsafe {
+            #[cfg(test)]
+            if !multiplies_tiles(level) {
+                return matvec_amx::strip_products::<amx::Plain>(strip, sums);
+            }
+            assert!(multiplies_tiles(level), "the processor multiplies no tiles");
+            matvec_amx::strip_products::<Amx>(strip, sums);
+        }
     }
 }
 
@@ -285,8 +336,9 @@ impl Staged for InOrder {
 
 /// What the kernels' memory accesses rest on.
 fn check<X: Staged>(strip: &Strip<'_, X>, sums: &[f32]) {
-    let (rows, tokens) = (strip.codes.len() / strip.bytes_per_row(), strip.tokens.len() / strip.token_len());
-    assert!(strip.block_size > 0 && strip.block_size.is_multiple_of(X::LEAST_BLOCK) && sums.len() == rows * tokens);
+    let rows = strip.codes.len() / strip.bytes_per_row();
+    assert!(rows > 0 && sums.len().is_multiple_of(rows));
+    assert!(strip.block_size > 0 && strip.block_size.is_multiple_of(X::LEAST_BLOCK));
     assert!(strip.codes.len() == rows * strip.bytes_per_row() && strip.absmax.len() == rows * strip.blocks_per_row());
-    assert!(strip.tokens.len() == tokens * strip.token_len());
+    assert!(strip.tokens.len() == (sums.len() / rows).next_multiple_of(X::TOGETHER) * strip.token_len());
 }

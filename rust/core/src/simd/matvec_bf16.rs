@@ -19,6 +19,8 @@ const UNIT: usize = bf16::UNIT;
 /// Of a unit's codes: a line of memory.
 const BYTES: usize = UNIT / 2;
 const _: () = assert!(BYTES == LINE);
+/// Bytes of tokens that the first-level cache keeps while codes pass through it.
+const NEAR: usize = 32 << 10;
 /// Two blocks a unit.
 const HALF_A_UNIT: usize = UNIT / 2;
 /// Blocks of any number of units.
@@ -48,19 +50,20 @@ unsafe fn strip_products_by<const BLOCK: usize>(strip: &Strip<'_, bf16>, sums: &
     let tokens = strip.tokens.len() / strip.token_len();
     let rows = sums.len() / tokens;
     let mut row = 0;
-    // One token waits for memory, which comes fastest in few streams; more wait for the second-level cache, where tokens
-    // of many columns lie, and many for registers, which three rows fill.
+    // Few streams come fastest from memory. Tokens that are too large for the first-level cache are read from the second
+    // once for each tile: the taller it is the better, and for many tokens three rows fill the registers.
+    let near = tokens <= 4 && size_of_val(strip.tokens) <= NEAR;
     // SAFETY: the caller's promise, for rows and tokens that are there.
     unsafe {
-        while tokens == 1 && row + 2 <= rows {
+        while near && row + 2 <= rows {
             tiles::<2, BLOCK>(strip, row, tokens, sums);
             row += 2;
         }
-        while tokens == 2 && row + 4 <= rows {
+        while !near && tokens <= 2 && row + 4 <= rows {
             tiles::<4, BLOCK>(strip, row, tokens, sums);
             row += 4;
         }
-        while tokens > 2 && row + 3 <= rows {
+        while !near && tokens > 2 && row + 3 <= rows {
             tiles::<3, BLOCK>(strip, row, tokens, sums);
             row += 3;
         }

@@ -1,5 +1,6 @@
 //! The same bits as the scalar code, several elements at a time; the only home of `unsafe` in this crate.
 
+mod amx;
 mod avx2;
 mod avx512;
 mod bytes_avx2;
@@ -7,6 +8,7 @@ mod bytes_avx512;
 mod dense;
 mod float_mode;
 mod matvec;
+mod matvec_amx;
 mod matvec_avx2;
 mod matvec_avx512;
 mod matvec_bf16;
@@ -26,7 +28,7 @@ use crate::quantize::quantize_block;
 pub use float_mode::with_ieee_floats;
 #[cfg(test)]
 pub(crate) use matvec::multiplies_bf16;
-pub(crate) use matvec::{InOrder, Staged, gains_by_bf16};
+pub(crate) use matvec::{InOrder, Staged, Tiled, gains_by_bf16, multiplies_tiles};
 pub(crate) use optim::update;
 pub(crate) use pages::advise_large_pages;
 

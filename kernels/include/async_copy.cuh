@@ -23,6 +23,15 @@ __device__ __forceinline__ uint2 load_shared_8(uint32_t at) {
     return value;
 }
 
+__device__ __forceinline__ uint4 load_shared_16(uint32_t at) {
+    uint4 value;
+    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
+                 : "r"(at)
+                 : "memory");
+    return value;
+}
+
 __device__ __forceinline__ void load_shared_floats(float (&to)[4], uint32_t at) {
     asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
                  : "=f"(to[0]), "=f"(to[1]), "=f"(to[2]), "=f"(to[3])

@@ -197,7 +197,7 @@ __device__ __forceinline__ void gemm_4bit_sm90(const Linear4bit<T>& p, const Cod
         for (int i = 0; i < 4; i++)
             tile[(n * 8 + quad * 2 + i % 2) * SHAPE::PITCH + warp * 16 + group + i / 2 * 8] = sums[n * 4 + i];
     cluster_barrier();
-    write_tile<T, SHAPE>(p, tile, row0, token0, rank, ranks);
+    write_tile<T, SHAPE>({p.y, p.bias, p.M, p.N}, tile, row0, token0, rank, ranks);
     if (ranks > 1) cluster_barrier();  // a CTA's shared memory must outlive its readers
 }
 

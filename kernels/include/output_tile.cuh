@@ -22,9 +22,16 @@ __device__ __forceinline__ void fill_rank_stage(char* stage, const Linear4bit<T>
     }
 }
 
+// Where a tile of sums goes.
+template <typename T> struct Output {
+    T* y;           // [M, N]
+    const T* bias;  // [N] or null
+    int M, N;
+};
+
 // Adds what the CTAs of the cluster summed, in the order of their ranks, and writes this CTA's share of the tile.
 template <typename T, typename SHAPE>
-__device__ __forceinline__ void write_tile(const Linear4bit<T>& p, const float* tile, int row0, int token0, int rank,
+__device__ __forceinline__ void write_tile(const Output<T>& p, const float* tile, int row0, int token0, int rank,
                                            int ranks) {
     constexpr int RUN = 8;  // rows a thread writes at once
     constexpr int RUNS = SHAPE::ROWS / RUN;

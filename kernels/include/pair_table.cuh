@@ -30,6 +30,12 @@ __device__ __forceinline__ void write_pair_table(char* table, const Codebook& co
     }
 }
 
+// Where the entry of byte `INDEX` (0..3) of a word of codes lies: 128 bytes for each.
+template <int INDEX> __device__ __forceinline__ uint32_t entry_offset(uint32_t codes) {
+    constexpr int SHIFT = 8 * INDEX - 7;
+    return (SHIFT < 0 ? codes << 7 : codes >> (SHIFT < 0 ? 0 : SHIFT)) & 0x7f80u;
+}
+
 struct PairTable {
     const char* entries;  // of bank 0
     uint32_t lane;        // 4 * lane: this lane's copy
@@ -40,9 +46,7 @@ struct PairTable {
 
     // The pair of byte `INDEX` (0..3) of a word of codes; its first element is the byte's high nibble.
     template <int INDEX> __device__ __forceinline__ uint32_t lookup(uint32_t codes) const {
-        constexpr int SHIFT = 8 * INDEX - 7;  // brings the byte to bit 7: entries are 128 bytes apart
-        const uint32_t offset = (SHIFT < 0 ? codes << 7 : codes >> (SHIFT < 0 ? 0 : SHIFT)) & 0x7f80u;
-        return *reinterpret_cast<const uint32_t*>(entries + (offset | lane));
+        return *reinterpret_cast<const uint32_t*>(entries + (entry_offset<INDEX>(codes) | lane));
     }
 
     // The pairs of 8 bytes, in their order.
@@ -60,11 +64,14 @@ struct PairTable {
 
 // The same for float32 pairs, 16 copies: lanes j and j + 16 read copy j, in two passes.
 template <int THREADS> __device__ __forceinline__ void write_float_pair_table(char* table, const Codebook& codebook) {
-    static_assert(THREADS == 256, "a thread an entry");
-    const float even = codebook.values[threadIdx.x >> 4], odd = codebook.values[threadIdx.x & 15];
-    float4* entry = reinterpret_cast<float4*>(table + threadIdx.x * 128);
+    constexpr int SHARERS = THREADS / 256;
+    static_assert(SHARERS == 1 || SHARERS == 2, "one or two threads an entry");
+    const uint32_t byte = SHARERS == 1 ? threadIdx.x : threadIdx.x % 256;
+    const uint32_t first = SHARERS == 1 ? byte : threadIdx.x / 256 * 4 + byte;
+    const float even = codebook.values[byte >> 4], odd = codebook.values[byte & 15];
+    float4* entry = reinterpret_cast<float4*>(table + byte * 128);
 #pragma unroll
-    for (int i = 0; i < 8; i++) entry[(i + threadIdx.x) & 7] = make_float4(even, odd, even, odd);
+    for (int i = 0; i < 8 / SHARERS; i++) entry[(i + first) & 7] = make_float4(even, odd, even, odd);
 }
 
 struct FloatPairTable {
@@ -77,10 +84,31 @@ struct FloatPairTable {
         asm("" : "+r"(lane));  // as above
     }
 
+    __device__ __forceinline__ float2 at(uint32_t byte) const {
+        return *reinterpret_cast<const float2*>(entries + (byte * 128 + lane));
+    }
+    // As `PairTable::lookup`.
+    template <int INDEX> __device__ __forceinline__ float2 lookup(uint32_t codes) const {
+        return *reinterpret_cast<const float2*>(entries + (entry_offset<INDEX>(codes) | lane));
+    }
+
+    // The weights of two rows in the columns of one byte, `BYTE` of the first row's half of a word and of the second's,
+    // rounded to T once: those of the even column, and of the odd one.
+    template <typename T, int BYTE>
+    __device__ __forceinline__ void column_pairs(uint32_t codes, float first_scale, float second_scale, uint32_t& even,
+                                                 uint32_t& odd) const {
+        pack_columns<T>(lookup<BYTE>(codes), lookup<BYTE + 2>(codes), first_scale, second_scale, even, odd);
+    }
+    template <typename T>
+    static __device__ __forceinline__ void pack_columns(float2 first, float2 second, float first_scale,
+                                                        float second_scale, uint32_t& even, uint32_t& odd) {
+        even = pack_pair<T>(__fmul_rn(first.x, first_scale), __fmul_rn(second.x, second_scale));
+        odd = pack_pair<T>(__fmul_rn(first.y, first_scale), __fmul_rn(second.y, second_scale));
+    }
+
     // The two weights of byte lane % 4 of a word of codes, rounded to T once, as dequantize does.
     template <typename T> __device__ __forceinline__ uint32_t scaled_pair(uint32_t codes, float scale) const {
-        const uint32_t byte = __byte_perm(codes, 0, selector);
-        const float2 pair = *reinterpret_cast<const float2*>(entries + (byte * 128 + lane));
+        const float2 pair = at(__byte_perm(codes, 0, selector));
         return pack_pair<T>(__fmul_rn(pair.x, scale), __fmul_rn(pair.y, scale));
     }
 };

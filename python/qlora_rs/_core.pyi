@@ -126,6 +126,10 @@ class DeviceWeight:
         """
         Is the product of this many tokens in this dtype made without dequantizing the weight first?
         """
+    def fuses_backward(self, /, tokens: SupportsIndex, dtype: Any) -> bool:
+        """
+        Is the gradient of x of a product of this many tokens in this dtype made without dequantizing the weight first?
+        """
     def holds(self, /, codes: Any, absmax: Any, scale: Any | None, offset: Any | None) -> bool:
         """
         Are these the tensors, and has none of them been moved or restrided in place (as `module.to` moves)?
@@ -136,6 +140,11 @@ class DeviceWeight:
         """
         x W^T + bias (+ scale * xa B^T, `lora` being xa (..., r), B (out, r) and scale), rounded once: x (..., in) in bfloat16
         or float16, everything else in its dtype, where `fuses` says so.
+        """
+    def linear_backward(self, /, grad: Any) -> Any:
+        """
+        dY W: the gradient of x (..., in), rounded once, from grad (..., out) in bfloat16 or float16, where `fuses_backward` says
+        so.
         """
     def plain_dequantize(
         self, /, dtype: Any, codes: Any, absmax: Any, scale: Any | None, offset: Any | None

@@ -46,6 +46,21 @@ def test_small_products(shape: tuple[int, int], double_quant: bool, dtype: torch
         assert (got - expected).norm() / expected.norm() < 6e-3, tokens
 
 
+@pytest.mark.parametrize("double_quant", [False, True])
+@pytest.mark.parametrize("shape", [(17, 64), (48, 320), (264, 128), (1033, 192)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_small_gradients(shape: tuple[int, int], double_quant: bool, dtype: torch.dtype) -> None:
+    packed = qlora_rs.quantize(torch.randn(shape), QuantSpec(double_quant=double_quant))
+    want = qlora_rs.dequantize(packed, torch.float32).double()
+    on_device = packed.to("cuda")  # owns the memory that `weight` names
+    weight = direct.device_weight(on_device)
+    for tokens in (1, 8, 13, 29, 33, 64, 70, 129, 255):
+        grad = torch.randn(tokens, shape[0], dtype=dtype)
+        expected = grad.double() @ want
+        got = weight.linear_backward(grad.cuda()).cpu().double()
+        assert (got - expected).norm() / expected.norm() < 6e-3, tokens
+
+
 @pytest.mark.parametrize(("columns", "tokens"), [(128, 13), (2432, 29)])
 def test_products_with_very_many_rows(columns: int, tokens: int) -> None:
     # Made and judged on the host: initcheck takes what kernels that it does not watch have written for unwritten.

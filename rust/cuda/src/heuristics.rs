@@ -282,6 +282,146 @@ fn splits(ctas: u32, shape: &Tiled, product: &Product, target: &Target) -> u32 {
     [8, 6, 4, 3, 2].into_iter().find(|splits| fits(splits) && worth(splits)).unwrap_or(1)
 }
 
+/// A configuration of `linear_backward_4bit` or `linear_backward_4bit_sm90`: a tile of `columns` by `tokens`.
+struct Backward {
+    file: &'static str,
+    entry: &'static str,
+    columns: u32,
+    tokens: u32,
+    threads: u32,
+    /// Teams of warps that split a CTA's rows, each with a ring of its own.
+    teams: u32,
+    stages: u32,
+    ctas_an_sm: u32,
+}
+
+const fn by_mma(entry: &'static str, columns: u32, tokens: u32, stages: u32, threads: u32) -> Backward {
+    let (file, teams, ctas_an_sm) = ("linear_backward_4bit", threads / columns, 512 / threads);
+    Backward { file, entry, columns, tokens, threads, teams, stages, ctas_an_sm }
+}
+
+const fn by_wgmma(entry: &'static str, columns: u32, tokens: u32, stages: u32) -> Backward {
+    let file = "linear_backward_4bit_sm90";
+    Backward { file, entry, columns, tokens, threads: 256, teams: 1, stages, ctas_an_sm: 1 }
+}
+
+const BACKWARD_8: Backward = by_mma("c2_w2_n1_s4_t512", 64, 8, 4, 512);
+const BACKWARD_8_PAIR: Backward = by_mma("c2_w2_n1_s4_t256", 64, 8, 4, 256);
+const BACKWARD_16: Backward = by_mma("c2_w2_n2_s4_t512", 64, 16, 4, 512);
+const BACKWARD_16_PAIR: Backward = by_mma("c2_w2_n2_s3_t256", 64, 16, 3, 256);
+const BACKWARD_32: Backward = by_mma("c2_w2_n4_s3_t512", 64, 32, 3, 512);
+const BACKWARD_32_WIDE: Backward = by_mma("c2_w4_n4_s4_t512", 128, 32, 4, 512);
+const BACKWARD_64: Backward = by_wgmma("n64_t2_s6", 256, 64, 6);
+const BACKWARD_128: Backward = by_wgmma("n128_t1_s6", 128, 128, 6);
+const BACKWARD_256: Backward = by_wgmma("n256_t1_s4", 128, 256, 4);
+
+impl Backward {
+    /// As `BackwardShape` and `BackwardWarpgroupShape` in `kernels/include` have it.
+    fn shared_bytes(&self) -> u32 {
+        let scales = if self.file == "linear_backward_4bit" { self.columns / 64 * 320 } else { self.columns * 4 };
+        let stages = self.stages * (self.tokens * 128 + 32 * self.columns + scales);
+        TABLES + self.teams * stages.max(self.tokens * (self.columns + 4) * 4)
+    }
+
+    fn on(&self, product: &Product, target: &Target) -> Plan {
+        let token_tiles = product.tokens.div_ceil(self.tokens);
+        let column_tiles = u32::try_from(product.columns.div_ceil(u64::from(self.columns))).unwrap_or(u32::MAX);
+        let ctas = u64::from(token_tiles) * u64::from(column_tiles);
+        Plan {
+            file: self.file,
+            entry: self.entry,
+            grid: (token_tiles, column_tiles, self.splits(ctas, product, target)),
+            threads: self.threads,
+            shared_bytes: self.shared_bytes(),
+        }
+    }
+
+    /// How many CTAs of a cluster share the rows. Pairs fill the chip; larger clusters do not pack into every processing
+    /// cluster, and those left over wait for a second round. 14336 x 4096, 32 column tiles, 128 tokens: 3 splits 63.7,
+    /// 4 splits (128 of 132 places) 99.4; 16 column tiles, 64 tokens: 6 splits 48.2, 7 splits (112 places) 88.
+    fn splits(&self, ctas: u64, product: &Product, target: &Target) -> u32 {
+        if target.sm < 90 {
+            return 1; // no clusters
+        }
+        let places = u64::from(target.sms * self.ctas_an_sm);
+        let fits = |splits: u32| ctas * u64::from(splits) <= if splits > 2 { places * 3 / 4 } else { places };
+        let worth = |splits: u32| product.rows / 64 >= u64::from(splits * self.teams); // a stage for each team
+        [6, 4, 3, 2].into_iter().find(|&splits| fits(splits) && worth(splits)).unwrap_or(1)
+    }
+
+    /// Thousandths of the chip's places that are taken over all rounds.
+    fn taken(&self, product: &Product, target: &Target) -> u64 {
+        let (x, y, z) = self.on(product, target).grid;
+        let (ctas, places) = (u64::from(x) * u64::from(y) * u64::from(z), u64::from(target.sms * self.ctas_an_sm));
+        (ctas * 1000).checked_div(ctas.div_ceil(places) * places).unwrap_or(0)
+    }
+
+    /// This, or another where this leaves clearly more of the chip idle.
+    fn or_fuller<'a>(&'a self, other: &'a Self, product: &Product, target: &Target) -> &'a Self {
+        if other.taken(product, target) * 10 > self.taken(product, target) * 11 { other } else { self }
+    }
+}
+
+/// Up to so many tokens `linear_backward_4bit` is the kernel, for all devices and any number of rows.
+const FEW_BACKWARD_TOKENS: u32 = 32;
+/// What wgmma needs to gain on dequantizing: enough tiles of columns to fill the chip, enough work to make up for its start.
+const LEAST_BACKWARD_COLUMNS: u64 = 2048;
+const LEAST_BACKWARD_WEIGHT: u64 = 16 << 20;
+/// And for more tokens than `MANY_BACKWARD_TOKENS`, which it takes as 256.
+const MANY_BACKWARD_TOKENS: u32 = 128;
+const MANY_BACKWARD_COLUMNS: u64 = 8192;
+
+/// Tiles of 64 columns are the grid's second dimension.
+const MOST_BACKWARD_COLUMNS: u64 = 65_535 * 64;
+
+/// Whether the kernels of dx = dy W take this shape, as `supported`; addresses: codes, dy and dx lie at multiples of 16 bytes.
+#[must_use]
+pub fn backward_supported(product: &Product, target: &Target) -> bool {
+    supported(product, target) && product.columns <= MOST_BACKWARD_COLUMNS
+}
+
+/// Whether the gradient of x, dx = dy W, of a supported shape is made faster fused than by dequantizing and cuBLAS: on an H200
+/// too, whose faster memory favours the latter.
+#[must_use]
+pub fn backward_worthwhile(product: &Product, target: &Target) -> bool {
+    let elements = product.rows * product.columns;
+    if product.tokens <= FEW_BACKWARD_TOKENS {
+        // 1024 x 4096, 32 tokens: 8.4, dequantized 10.2; 2048 x 2048: 8.8 and 11.6; 4096 x 1024: 16.5 and 12.0.
+        return elements > SMALL_WEIGHT || product.rows <= 2 * product.columns;
+    }
+    // On an H200: 4096 x 4096, 64 tokens: 22.5, dequantized 23.9; 14336 x 4096: 49.2 and 84.4, so that lines through these meet
+    // near 15 M weights. 4096 x 4096, 256 tokens: 31.7 and 29.7; 14336 x 4096: 89.8 and 96.9, but 129 tokens take as long;
+    // 4096 x 14336: 75.5 and 94.1, 128 tokens dequantized 85.8.
+    let least_columns =
+        if product.tokens <= MANY_BACKWARD_TOKENS { LEAST_BACKWARD_COLUMNS } else { MANY_BACKWARD_COLUMNS };
+    elements >= LEAST_BACKWARD_WEIGHT && product.columns >= least_columns && takes_wgmma(product, target)
+}
+
+/// wgmma reads tokens in pieces of 16 bytes.
+fn takes_wgmma(product: &Product, target: &Target) -> bool {
+    target.sm == 90 && product.rows.is_multiple_of(8)
+}
+
+/// The launch for the gradient of x of a supported product.
+#[must_use]
+pub fn backward_plan(product: &Product, target: &Target) -> Plan {
+    let room = |shape: &Backward| shape.shared_bytes() <= target.shared_bytes;
+    let shape = match product.tokens {
+        33..=64 if takes_wgmma(product, target) => &BACKWARD_64,
+        65..=128 if takes_wgmma(product, target) => &BACKWARD_128,
+        // 14336 x 4096: 89.7 and 89.8; 4096 x 4096: 34.2, BACKWARD_128 31.0; 4096 x 14336: 73 and 104
+        129.. if takes_wgmma(product, target) => BACKWARD_256.or_fuller(&BACKWARD_128, product, target),
+        // 8 tokens, 14336 x 4096: 30.4, BACKWARD_8 25.2; 4096 x 14336: 26.3 and 32.1; 28672 x 8192: 88.2 and 89.7
+        0..=8 if room(&BACKWARD_8) => BACKWARD_8_PAIR.or_fuller(&BACKWARD_8, product, target),
+        0..=8 => &BACKWARD_8_PAIR,
+        9..=16 if room(&BACKWARD_16) => BACKWARD_16_PAIR.or_fuller(&BACKWARD_16, product, target),
+        // 14336 x 4096: 37.4, BACKWARD_32 31.4; 4096 x 14336: 31.5 and 39.6; 28672 x 8192: 103 and 110
+        17.. if room(&BACKWARD_32) => BACKWARD_32_WIDE.or_fuller(&BACKWARD_32, product, target),
+        _ => &BACKWARD_16_PAIR,
+    };
+    shape.on(product, target)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -350,6 +490,83 @@ mod tests {
         }
     }
 
+    fn backward_launch(tokens: u32, rows: u64, columns: u64) -> (&'static str, (u32, u32, u32)) {
+        let plan = backward_plan(&product(tokens, rows, columns), &H100);
+        (plan.entry, plan.grid)
+    }
+
+    #[test]
+    fn measured_gradients_get_what_was_fastest() {
+        assert_eq!(backward_launch(8, 14336, 4096), ("c2_w2_n1_s4_t512", (1, 64, 2)));
+        assert_eq!(backward_launch(8, 4096, 14336), ("c2_w2_n1_s4_t256", (1, 224, 1)));
+        assert_eq!(backward_launch(1, 28672, 8192), ("c2_w2_n1_s4_t256", (1, 128, 2)));
+        assert_eq!(backward_launch(16, 4096, 4096), ("c2_w2_n2_s4_t512", (1, 64, 2)));
+        assert_eq!(backward_launch(16, 4096, 14336), ("c2_w2_n2_s3_t256", (1, 224, 1)));
+        assert_eq!(backward_launch(32, 14336, 4096), ("c2_w2_n4_s3_t512", (1, 64, 2)));
+        assert_eq!(backward_launch(32, 4096, 14336), ("c2_w4_n4_s4_t512", (1, 112, 1)));
+        assert_eq!(backward_launch(32, 28672, 8192), ("c2_w4_n4_s4_t512", (1, 64, 2)));
+        assert_eq!(backward_launch(64, 14336, 4096), ("n64_t2_s6", (1, 16, 6)));
+        assert_eq!(backward_launch(64, 28672, 8192), ("n64_t2_s6", (1, 32, 3)));
+        assert_eq!(backward_launch(128, 14336, 4096), ("n128_t1_s6", (1, 32, 3)));
+        assert_eq!(backward_launch(128, 28672, 8192), ("n128_t1_s6", (1, 64, 2)));
+        assert_eq!(backward_launch(256, 4096, 4096), ("n128_t1_s6", (2, 32, 2)));
+        assert_eq!(backward_launch(256, 4096, 14336), ("n256_t1_s4", (1, 112, 1)));
+    }
+
+    #[test]
+    fn every_column_and_token_of_a_gradient_has_a_place_on_every_device() {
+        let a100 = Target { sm: 80, sms: 108, shared_bytes: 163 * 1024 };
+        for target in [H100, AMPERE, a100, Target { sm: 120, ..AMPERE }] {
+            for columns in [64, 128, 192, 1024, 2112, 4096, 14336, MOST_BACKWARD_COLUMNS] {
+                for tokens in 1..=MOST_TOKENS {
+                    for rows in [1, 17, 1000, 4097, 14336] {
+                        let product = product(tokens, rows, columns);
+                        let plan = backward_plan(&product, &target);
+                        let fitting = plan.shared_bytes <= target.shared_bytes;
+                        assert!(fitting, "{product:?} on {target:?}: {plan:?}");
+                        assert!(plan.grid.1 <= 65_535 && (target.sm >= 90 || plan.grid.2 == 1));
+                        let hopper = plan.file == "linear_backward_4bit_sm90";
+                        assert!(!hopper || (target.sm == 90 && rows.is_multiple_of(8) && tokens > 32));
+                        let tiles =
+                            [64, 128, 256].into_iter().filter(|of| columns.div_ceil(*of) == u64::from(plan.grid.1));
+                        assert!(tiles.count() > 0, "{product:?}: {plan:?}");
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn gradients_of_small_weights_and_of_many_tokens_are_dequantized() {
+        for fused in [(32, 1024, 4096), (128, 4096, 4096), (256, 4096, 14336), (256, 28672, 8192), (32, 14337, 4096)] {
+            assert!(backward_worthwhile(&product(fused.0, fused.1, fused.2), &H100), "{fused:?}");
+        }
+        for dequantized in [
+            (1, 4096, 1024),
+            (33, 1024, 4096),
+            (33, 3072, 3072),
+            (129, 4096, 4096),
+            (129, 14336, 4096),
+            (33, 14337, 4096),
+            (64, 28672, 1024),
+        ] {
+            let product = product(dequantized.0, dequantized.1, dequantized.2);
+            assert!(!backward_worthwhile(&product, &H100), "{product:?}");
+        }
+        assert!(!backward_worthwhile(&product(33, 14336, 4096), &AMPERE));
+    }
+
+    /// Else a weight that was kept from the forward pass would give other bits than one that was not.
+    #[test]
+    fn gradients_are_fused_only_where_products_are() {
+        let sizes = [64, 1024, 2048, 4096, 8192, 14336, 28672, 128_256];
+        for (rows, columns) in sizes.into_iter().flat_map(|rows| sizes.map(|columns| (rows, columns))) {
+            for product in (1..=MOST_TOKENS).map(|tokens| product(tokens, rows, columns)) {
+                assert!(!backward_worthwhile(&product, &H100) || worthwhile(&product), "{product:?}");
+            }
+        }
+    }
+
     #[test]
     fn small_weights_are_dequantized_for_many_tokens() {
         assert!(worthwhile(&product(32, 1024, 4096)) && worthwhile(&product(256, 4096, 4096)));
@@ -369,5 +586,7 @@ mod tests {
         assert!(!supported(&product(1, 65_521, 32_775 * 64), &H100));
         assert!(!supported(&Product { block_size: 32, ..product(1, 16, 64) }, &H100));
         assert!(!supported(&product(1, 16, 64), &Target { sm: 75, ..AMPERE }));
+        assert!(backward_supported(&product(256, 17, 64), &H100));
+        assert!(!backward_supported(&product(1, 1, 1 << 24), &H100));
     }
 }

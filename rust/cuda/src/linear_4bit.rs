@@ -13,7 +13,7 @@ use crate::modules::{
 };
 
 /// Wide loads and stores begin here.
-const ALIGNMENT: DevicePtr = 16;
+pub(crate) const ALIGNMENT: DevicePtr = 16;
 const RANK_ALIGNMENT: DevicePtr = 4;
 
 /// A low-rank term `scale * xa B^T`; both matrices are of x's type.
@@ -126,7 +126,7 @@ pub unsafe fn linear_4bit(
     unsafe { launch(device.function(file, (stem, plan.entry))?, grid, queue, &mut args) }
 }
 
-fn product(spec: &QuantSpec, layout: &Layout, tokens: u32, lora: bool) -> Product {
+pub(crate) fn product(spec: &QuantSpec, layout: &Layout, tokens: u32, lora: bool) -> Product {
     Product {
         tokens,
         rows: layout.rows() as u64,
@@ -136,7 +136,7 @@ fn product(spec: &QuantSpec, layout: &Layout, tokens: u32, lora: bool) -> Produc
     }
 }
 
-fn target(device: &Device) -> Target {
+pub(crate) fn target(device: &Device) -> Target {
     let (major, minor) = device.capability;
     Target { sm: (major * 10 + minor).cast_unsigned(), sms: device.multiprocessors, shared_bytes: device.shared_bytes }
 }

@@ -80,9 +80,17 @@ pub(crate) static GEMM_F16: KernelFile =
     KernelFile(&[ptx!("gemm_4bit_f16_sm90", (9, 0)), ptx!("gemm_4bit_f16_sm80", (8, 0))]);
 pub(crate) static GEMM_HOPPER_BF16: KernelFile = KernelFile(&[ptx!("gemm_4bit_sm90_bf16", (9, 0), true)]);
 pub(crate) static GEMM_HOPPER_F16: KernelFile = KernelFile(&[ptx!("gemm_4bit_sm90_f16", (9, 0), true)]);
+pub(crate) static LINEAR_BACKWARD_BF16: KernelFile =
+    KernelFile(&[ptx!("linear_backward_4bit_bf16_sm90", (9, 0)), ptx!("linear_backward_4bit_bf16_sm80", (8, 0))]);
+pub(crate) static LINEAR_BACKWARD_F16: KernelFile =
+    KernelFile(&[ptx!("linear_backward_4bit_f16_sm90", (9, 0)), ptx!("linear_backward_4bit_f16_sm80", (8, 0))]);
+pub(crate) static LINEAR_BACKWARD_HOPPER_BF16: KernelFile =
+    KernelFile(&[ptx!("linear_backward_4bit_sm90_bf16", (9, 0), true)]);
+pub(crate) static LINEAR_BACKWARD_HOPPER_F16: KernelFile =
+    KernelFile(&[ptx!("linear_backward_4bit_sm90_f16", (9, 0), true)]);
 
 /// All of them, for [`Device::warmup`].
-static FILES: [&KernelFile; 14] = [
+static FILES: [&KernelFile; 18] = [
     &DEQUANTIZE,
     &QUANTIZE,
     &DOUBLE_QUANTIZE,
@@ -97,6 +105,10 @@ static FILES: [&KernelFile; 14] = [
     &GEMM_F16,
     &GEMM_HOPPER_BF16,
     &GEMM_HOPPER_F16,
+    &LINEAR_BACKWARD_BF16,
+    &LINEAR_BACKWARD_F16,
+    &LINEAR_BACKWARD_HOPPER_BF16,
+    &LINEAR_BACKWARD_HOPPER_F16,
 ];
 
 /// Names a folder whose PTX is used instead of the embedded text, for work on kernels.

@@ -8,7 +8,7 @@ use pyo3::intern;
 use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyString, PyTuple, PyWeakrefMethods, PyWeakrefReference};
 use qlora_core::{FloatType, Layout, QuantSpec};
-use qlora_cuda::{DevicePtr, DeviceScales, LowRank, Operands, Queue};
+use qlora_cuda::{BackwardOperands, DevicePtr, DeviceScales, LowRank, Operands, Queue};
 
 use crate::boundary::{IntoPyErr, Memory, expect};
 use crate::cuda::run;
@@ -55,6 +55,7 @@ pub struct DeviceWeight {
     codes: DevicePtr,
     scales: DeviceScales,
     most_fused: u32,
+    most_fused_backward: u32,
     shape: Vec<usize>,
     ordinal: i32,
     #[pyo3(get)]
@@ -100,15 +101,31 @@ impl DeviceWeight {
         expect("codes", codes.1, layout.code_bytes())?;
         let scales = scales_of(spec, &layout, absmax, scale, offset)?;
         let codes = codes.0 as DevicePtr;
-        let most_fused = if dimensions == 2 && columns > 0 && ordinal >= 0 {
-            qlora_cuda::most_fused_tokens(ordinal, &spec.inner, &layout, codes).map_err(IntoPyErr::into_py_err)?
-        } else {
-            0
-        };
+        let (mut most_fused, mut most_fused_backward) = (0, 0);
+        if dimensions == 2 && columns > 0 && ordinal >= 0 {
+            let of_device = qlora_cuda::most_fused_tokens(ordinal, &spec.inner, &layout, codes);
+            most_fused = of_device.map_err(IntoPyErr::into_py_err)?;
+            let of_device = qlora_cuda::most_fused_backward_tokens(ordinal, &spec.inner, &layout, codes);
+            most_fused_backward = of_device.map_err(IntoPyErr::into_py_err)?;
+        }
         let writes = Mutex::new(Writes { versions: versions_of(&parts)?, settled: false });
         let parts = [part_of(parts[0])?, part_of(parts[1])?, part_of(parts[2])?, part_of(parts[3])?];
         let spec = spec.inner.clone();
-        Ok(Self { spec, layout, codes, scales, most_fused, shape, ordinal, device, parts, copies, writes, moves })
+        Ok(Self {
+            spec,
+            layout,
+            codes,
+            scales,
+            most_fused,
+            most_fused_backward,
+            shape,
+            ordinal,
+            device,
+            parts,
+            copies,
+            writes,
+            moves,
+        })
     }
 
     /// The weight's shape.
@@ -155,6 +172,12 @@ impl DeviceWeight {
             && torch.is_unwatched(codes)?
             && self.holds_all(&[Some(codes), Some(absmax), scale, offset])?;
         if plain { self.dequantize(dtype).map(Some) } else { Ok(None) }
+    }
+
+    /// Is the gradient of x of a product of this many tokens in this dtype made without dequantizing the weight first?
+    fn fuses_backward(&self, tokens: usize, dtype: &Bound<'_, PyAny>) -> PyResult<bool> {
+        let fuses = (1..=self.most_fused_backward as usize).contains(&tokens);
+        Ok(fuses && is_half(Torch::get(dtype.py())?.float_type(dtype)))
     }
 
     /// The float weight, a new tensor of `dtype` (float32, bfloat16 or float16).
@@ -220,6 +243,40 @@ impl DeviceWeight {
             operands.lora = Some(LowRank { xa, b, scale: *scale, rank: rank as i32 });
         }
         self.launch(py, torch, shape, &dtype, operands)
+    }
+
+    /// dY W: the gradient of x (..., in), rounded once, from grad (..., out) in bfloat16 or float16, where `fuses_backward` says
+    /// so.
+    fn linear_backward<'py>(&self, grad: &Tensor<'py>) -> PyResult<Tensor<'py>> {
+        let py = grad.py();
+        let torch = Torch::get(py)?;
+        let (float, dtype) = float_type_of(torch, grad)?;
+        let grad = self.operand("grad", grad, ALIGNMENT, &dtype)?;
+        let mut shape = shape_of(&grad)?;
+        let tokens = elements_of(&grad)? / self.layout.rows().max(1);
+        expect("grad", elements_of(&grad)?, tokens * self.layout.rows())?;
+        if let Some(last) = shape.last_mut() {
+            *last = self.layout.cols();
+        }
+        let queue = self.queue(py, torch)?;
+        let dx = torch.empty(py, &shape, &dtype, self.ordinal)?;
+        let (versions, settled) = self.settled();
+        let operands = BackwardOperands {
+            dy: address_of(&grad)? as DevicePtr,
+            dx: address_of(&dx)? as DevicePtr,
+            settled,
+            tokens: u32::try_from(tokens).map_err(|_| PyValueError::new_err(format!("{tokens} tokens at once")))?,
+            dtype: float,
+        };
+        run(py, || {
+            // SAFETY: grad and dx are contiguous tensors of this device whose sizes were checked, and live until the call
+            // returns; torch frees their memory in the order of the stream.
+            unsafe {
+                qlora_cuda::linear_backward_4bit(queue, &self.spec, &self.layout, self.codes, self.scales, &operands)
+            }
+        })?;
+        self.settle(versions);
+        Ok(dx)
     }
 
     /// `linear` without a term, for the plain call: x an ordinary tensor on the weight's device, contiguous, of few tokens in
@@ -361,24 +418,31 @@ impl DeviceWeight {
         }
         let y = torch.empty(py, &shape, dtype, self.ordinal)?;
         operands.y = address_of(&y)? as DevicePtr;
-        let (versions, settled) = {
-            let writes = self.writes();
-            (writes.versions, writes.settled)
-        };
-        operands.settled = settled;
+        let versions;
+        (versions, operands.settled) = self.settled();
         run(py, || {
             // SAFETY: the operands are contiguous tensors of this device whose sizes were checked, and live until the call
             // returns; torch frees their memory in the order of the stream.
             unsafe { qlora_cuda::linear_4bit(queue, &self.spec, &self.layout, self.codes, self.scales, &operands) }
         })?;
-        // From now on a launch may fetch the weight while the kernel before it still runs: whatever wrote the weight has
-        // ended by then. Where versions are not counted, nobody would notice that it is written again; where another thread
-        // has seen a later write meanwhile, this launch says nothing of it.
+        self.settle(versions);
+        Ok(y)
+    }
+
+    /// The versions of the parts, and whether whatever wrote them had ended at an earlier launch.
+    fn settled(&self) -> (Versions, bool) {
+        let writes = self.writes();
+        (writes.versions, writes.settled)
+    }
+
+    /// From now on a launch may fetch the weight while the kernel before it still runs: whatever wrote the weight has ended by
+    /// then. Where versions are not counted, nobody would notice that it is written again; where another thread has seen a
+    /// later write since `versions`, the launch before says nothing of it.
+    fn settle(&self, versions: Versions) {
         let mut writes = self.writes();
         if writes.versions == versions {
             writes.settled = versions.is_some() && !self.moves;
         }
-        Ok(y)
     }
 }
 

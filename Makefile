@@ -126,6 +126,7 @@ bench: $(VENV)/bench.stamp $(DEMO_FILES) ## print the benchmark tables (about 15
 bench-gpu: $(VENV)/bench.stamp ## print the benchmark tables of a CUDA device (about 5 minutes)
 	$(BIN)/python benchmarks/device_quantize.py
 	$(BIN)/python benchmarks/device_linear.py
+	$(BIN)/python benchmarks/device_linear.py --backward
 	$(BIN)/python benchmarks/device_linear.py --training
 	$(BIN)/python benchmarks/device_overhead.py
 	$(BIN)/python benchmarks/device_checkpointing.py

@@ -1,6 +1,7 @@
 """x W^T with a packed W on a CUDA device against bitsandbytes and bf16 cuBLAS, in one run.
 
     python benchmarks/device_linear.py              # 1 to 256 tokens
+    python benchmarks/device_linear.py --backward   # the gradient of x of 1 to 256 tokens
     python benchmarks/device_linear.py --training   # 1,024 to 16,384 tokens, forward and the gradient of x
 
 Graph replay shows the kernels alone. Eager times, ours and the peer's, hide the host's work; 5 us of launch and events
@@ -18,11 +19,13 @@ import torch
 import device_harness as device
 import harness
 import qlora_rs
+from qlora_rs import direct, ops
 
 SHAPES = [(1024, 4096), (4096, 4096), (14336, 4096), (4096, 14336), (28672, 8192), (128256, 4096)]
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 TRAINING_SHAPES = [(14336, 4096), (4096, 14336), (28672, 4096)]
 TRAINING_TOKENS = (1024, 2048, 4096, 8192, 16384)
+GRAPHS, EAGER = ("ours", "cublas", "dequantized"), ("ours", "peer")
 LARGE = 50_000_000  # weights, from which on the higher ratios must be reached
 MUST_RATIO = {1: 2.3, 4: 3.0, 8: 4.0, 16: 4.0, 32: 3.0, 64: 2.0, 128: 1.5, 256: 1.1}
 MUST_RATIO_SMALL = {1: 1.5, **dict.fromkeys((4, 8, 16, 32), 2.0)}
@@ -67,6 +70,9 @@ class Sets:
         return self.peer.matmul_4bit(x, codes.t(), quant_state=state)
 
     def ours_backward(self, grad: torch.Tensor, index: int) -> torch.Tensor:
+        return ops.device_linear_backward(grad, direct.device_weight(self.packed[index]))
+
+    def dequantized_backward(self, grad: torch.Tensor, index: int) -> torch.Tensor:
         return grad @ qlora_rs.dequantize(self.packed[index], torch.bfloat16)
 
     def cublas_backward(self, grad: torch.Tensor, index: int) -> torch.Tensor:
@@ -76,32 +82,37 @@ class Sets:
         return grad @ self.peer.functional.dequantize_4bit(*self.theirs[index])
 
 
-def few_tokens(spec: qlora_rs.QuantSpec, speed: float, repetitions: int) -> str:
+def few_tokens(spec: qlora_rs.QuantSpec, speed: float, repetitions: int, backward: bool) -> str:
     lines = []
     for rows, columns in SHAPES:
         elements = rows * columns
         packed_bytes = elements / 2 + elements / 64 * (1 if spec.double_quant else 4)
         layers = Sets(rows, columns, spec, min(64, device.rotations(int(packed_bytes))))
         floor = packed_bytes / speed * 1e6
+        if backward:
+            ways = {"ours": layers.ours_backward, "cublas": layers.cublas_backward, "peer": layers.peers_backward}
+            ways["dequantized"] = layers.dequantized_backward
+        else:
+            ways = {"ours": layers.ours, "cublas": layers.cublas, "peer": layers.peers}
+            ways["dequantized"] = layers.dequantized
         for tokens in TOKENS:
-            x = torch.randn(tokens, columns, device="cuda", dtype=torch.bfloat16)
-            ways = {"ours": layers.ours, "cublas": layers.cublas, "dequantized": layers.dequantized}
-            graph = device.graph_us({name: partial(way, x) for name, way in ways.items()}, layers.sets, repetitions)
-            eager = {"ours": partial(layers.ours, x)}
-            if layers.peer is not None:
-                eager["peer"] = partial(layers.peers, x)
-            times = device.eager_us(eager, layers.sets, 2 * repetitions)
+            x = torch.randn(tokens, rows if backward else columns, device="cuda", dtype=torch.bfloat16)
+            work = {name: partial(way, x) for name, way in ways.items()}
+            graph = device.graph_us({name: work[name] for name in GRAPHS}, layers.sets, repetitions)
+            eager = [name for name in EAGER if name != "peer" or layers.peer is not None]
+            times = device.eager_us({name: work[name] for name in eager}, layers.sets, 2 * repetitions)
             must = (MUST_RATIO if elements >= LARGE else MUST_RATIO_SMALL).get(tokens)
+            bar = (f"{must:.1f}x" if must else "-",) if not backward else ()
             lines.append((
                 f"{rows} x {columns}", tokens, f"{graph['ours']:.1f}", f"{floor / graph['ours']:.0%}",
-                f"{times['ours']:.1f}", *against_peer(times, 1), f"{must:.1f}x" if must else "-",
-                f"{graph['cublas']:.1f}", f"{graph['dequantized']:.1f}",
+                f"{times['ours']:.1f}", *against_peer(times, 1), *bar, f"{graph['cublas']:.1f}",
+                f"{graph['dequantized']:.1f}",
             ))  # fmt: skip
-        del layers, ways, eager
+        del layers, ways, work
         device.free()
+    bar = ("must",) if not backward else ()
     header = (
-        "N x K", "M", "graph us", "of copy", "eager us", "peer us", "ratio", "must", "cuBLAS us",
-        "deq + cuBLAS us",
+        "N x K", "M", "graph us", "of copy", "eager us", "peer us", "ratio", *bar, "cuBLAS us", "deq + cuBLAS us",
     )  # fmt: skip
     return harness.table(header, lines)
 
@@ -138,7 +149,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repetitions", type=int, default=50, help="of each graph; twice as many eager calls")
     parser.add_argument("--plain", action="store_true", help="scales in float32")
-    parser.add_argument("--training", action="store_true", help="training sizes")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--training", action="store_true", help="training sizes")
+    what.add_argument("--backward", action="store_true", help="the gradient of x of few tokens")
     arguments = parser.parse_args()
     torch.manual_seed(0)
     torch.set_grad_enabled(False)
@@ -149,7 +162,7 @@ def main() -> None:
     if arguments.training:
         print(training(spec, arguments.repetitions))
     else:
-        print(few_tokens(spec, speed, arguments.repetitions))
+        print(few_tokens(spec, speed, arguments.repetitions, arguments.backward))
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from qlora_rs.checkpoint.source import read_config
@@ -72,7 +73,7 @@ def errors_as_ours(transformers: Any, folder: Path, quantization: Any | None) ->
             yield
     except torch.OutOfMemoryError:
         raise
-    except (RuntimeError, ValueError, KeyError, OSError) as error:
+    except (RuntimeError, ValueError, KeyError, OSError, SafetensorError) as error:
         failures = getattr(quantization, "failures", None)
         if failures:
             raise failures[0] from None

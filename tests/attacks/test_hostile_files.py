@@ -10,10 +10,12 @@ import subprocess
 import sys
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 import qlora_rs
 from qlora_rs import checkpoint
 from qlora_rs.checkpoint import comparison, conversion, packing, verification
+from qlora_rs.model import load_float
 
 INDEX = "model.safetensors.index.json"
 
@@ -47,6 +49,24 @@ def test_an_unknown_dtype_is_copied_where_the_tensor_stays(good_folder):
     assert len(report.packed) == 7
     rows = {row.name: row for row in checkpoint.inspect(good_folder.parent / "packed").tensors}
     assert (rows["model.norm.weight"].dtype, rows["model.norm.weight"].bytes) == ("F99", 32)
+
+
+@pytest.mark.parametrize("key", ["source_sha256", "model.layers.0.self_attn.q_proj.weight.shape"])
+def test_metadata_nested_beyond_all_measure_is_refused(good_folder, key):
+    packed = good_folder.parent / "packed"
+    checkpoint.quantize(good_folder, packed)
+    file = packed / "model.safetensors"
+    save_file(load_file(file), file, {"format": "pt", key: "[" * 100_000})
+    with pytest.raises(qlora_rs.FormatError, match=rf"model\.safetensors: .*{key.rpartition('.')[2]}"):
+        checkpoint.inspect(packed)
+
+
+def test_an_unknown_dtype_is_no_fault_of_ours_where_transformers_loads_it(good_folder):
+    file = good_folder / "model.safetensors"
+    entry = b'"model.norm.weight":{"dtype":"F32"'
+    file.write_bytes(file.read_bytes().replace(entry, entry.replace(b"F32", b"F99")))
+    with pytest.raises(qlora_rs.FormatError, match="cannot load it: SafetensorError"):
+        load_float(good_folder)
 
 
 def edit_index(folder, change):

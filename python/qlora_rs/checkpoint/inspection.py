@@ -254,7 +254,7 @@ def _source_hashes(source: Source) -> dict[str, str]:
         if "source_sha256" in metadata:
             try:
                 hashes = json.loads(metadata["source_sha256"])
-            except ValueError:
+            except (ValueError, RecursionError):
                 hashes = None
             if not isinstance(hashes, dict) or not all(isinstance(value, str) for value in hashes.values()):
                 raise FormatError(f"{source.path / file}: source_sha256 is not an object of hashes")
@@ -372,7 +372,7 @@ def logical_shape(folder: Path, codes: StoredTensor, metadata: Mapping[str, str]
         return (*lead, last if spec.bits == 8 else 2 * last)
     try:
         shape = json.loads(recorded)
-    except ValueError:
+    except (ValueError, RecursionError):
         shape = None
     sizes = shape if isinstance(shape, list) else [None]
     if not sizes or not all(type(size) is int and 0 <= size < 1 << 62 for size in sizes):

@@ -46,9 +46,9 @@ class ConvertReport:
 
     Attributes:
         source: the format that was read: ``"qlora_rs"``, ``"bitsandbytes"``, ``"gptq"``, ``"awq"``,
-            ``"compressed-tensors"`` or ``"float"``.
+            ``"compressed-tensors"``, ``"gguf"`` or ``"float"``.
         target: what was asked for: ``"native"``, ``"bitsandbytes"``, ``"bf16"``, ``"fp16"``,
-            ``"compressed-tensors"`` or ``"gguf"``.
+            ``"compressed-tensors"`` or ``"gguf"`` with the type of its matrices, e.g. ``"gguf f16"``.
         spec: how the source's weights are packed, in one line; ``"not packed"`` where they are not.
         weights: how many packed weights were converted, or packed anew.
         kept: how many other tensors there are.
@@ -142,10 +142,10 @@ def convert(
 
     >>> print(convert("SmolLM2-135M-nf4", "SmolLM2-135M-bnb", "bitsandbytes"))  # doctest: +SKIP
     """
-    if to not in TARGETS or max_shard_size < 1:
-        raise ValueError(
-            f"convert to one of {', '.join(TARGETS)} in files of 1 byte at least; got {to!r} and {max_shard_size}"
-        )
+    if to not in TARGETS:
+        raise ValueError(f"convert to one of {', '.join(TARGETS)}; got {to!r}")
+    if max_shard_size < 1:
+        raise ValueError(f"max_shard_size is at least 1; got {max_shard_size}")
     if output_type is not None and (to != GGUF or output_type not in FILE_TYPES):
         raise ValueError(f"output_type is one of {', '.join(FILE_TYPES)}, for gguf alone; got {output_type!r} for {to}")
     if num_threads < 0:

@@ -102,7 +102,8 @@ def few_tokens(spec: qlora_rs.QuantSpec, speed: float, repetitions: int, backwar
             eager = [name for name in EAGER if name != "peer" or layers.peer is not None]
             times = device.eager_us({name: work[name] for name in eager}, layers.sets, 2 * repetitions)
             must = (MUST_RATIO if elements >= LARGE else MUST_RATIO_SMALL).get(tokens)
-            bar = (f"{must:.1f}x" if must else "-",) if not backward else ()
+            by_graph = f"{times['peer'] / graph['ours']:.2f}x" if "peer" in times else "-"
+            bar = (by_graph, f"{must:.1f}x" if must else "-") if not backward else ()
             lines.append((
                 f"{rows} x {columns}", tokens, f"{graph['ours']:.1f}", f"{floor / graph['ours']:.0%}",
                 f"{times['ours']:.1f}", *against_peer(times, 1), *bar, f"{graph['cublas']:.1f}",
@@ -110,7 +111,7 @@ def few_tokens(spec: qlora_rs.QuantSpec, speed: float, repetitions: int, backwar
             ))  # fmt: skip
         del layers, ways, work
         device.free()
-    bar = ("must",) if not backward else ()
+    bar = ("ours by graph", "must") if not backward else ()
     header = (
         "N x K", "M", "graph us", "of copy", "eager us", "peer us", "ratio", *bar, "cuBLAS us", "deq + cuBLAS us",
     )  # fmt: skip

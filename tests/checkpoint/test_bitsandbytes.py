@@ -164,15 +164,38 @@ def test_written_back_it_is_the_same_folder(tmp_path, name) -> None:
 
 
 @pytest.mark.parametrize("name", PACKED)
-def test_through_the_native_format_no_byte_of_a_tensor_changes(tmp_path, name) -> None:
+def test_through_the_native_format_no_byte_changes(tmp_path, name) -> None:
     convert(GOLDEN / name, tmp_path / "native", "native")
     size = 20_000 if name.endswith("sharded") else 5_000_000_000
     convert(tmp_path / "native", tmp_path / "back", "bitsandbytes", max_shard_size=size)
-    ours, theirs = tensors_of(tmp_path / "back"), tensors_of(GOLDEN / name)
-    assert ours.keys() == theirs.keys()
-    assert sum(int((as_bytes(ours[key]) != as_bytes(theirs[key])).sum()) for key in ours) == 0
-    if "-as-" not in name and "skipping" not in name:  # storage is uint8, and full names of modules are listed
-        same_files(tmp_path / "back", GOLDEN / name)
+    same_files(tmp_path / "back", GOLDEN / name)
+
+
+@pytest.mark.parametrize(
+    "kept", [["bnb_4bit_quant_storage"], {"bnb_4bit_quant_storage": "int8"}, {"bnb_4bit_quant_type": "fp4"}]
+)
+def test_kept_settings_that_none_has_are_refused_with_the_file(tmp_path, kept) -> None:
+    convert(GOLDEN / "nf4-as-f16", tmp_path / "native", "native")
+    path = tmp_path / "native" / "config.json"
+    config = json.loads(path.read_text())
+    assert config["quantization_config"]["bitsandbytes"]["bnb_4bit_quant_storage"] == "float16"
+    config["quantization_config"]["bitsandbytes"] = kept
+    path.write_text(json.dumps(config))
+    with pytest.raises(FormatError, match=r"config\.json.*bitsandbytes"):
+        convert(tmp_path / "native", tmp_path / "back", "bitsandbytes")
+    assert not (tmp_path / "back").exists()
+
+
+def test_codes_that_are_no_whole_elements_of_the_kept_storage_are_refused(tmp_path, write_tensors) -> None:
+    tensors = {"layers.0.up.weight": torch.randn(1, 66)}
+    source = write_tensors(tmp_path / "source", tensors, 1, model_type="unknown")
+    checkpoint.quantize(source, tmp_path / "native", include=["up"])
+    path = tmp_path / "native" / "config.json"
+    config = json.loads(path.read_text())
+    config["quantization_config"]["bitsandbytes"] = {"bnb_4bit_quant_storage": "bfloat16"}
+    path.write_text(json.dumps(config))
+    with pytest.raises(UnsupportedError, match=r"33 bytes of codes, which are no whole elements of torch\.bfloat16"):
+        convert(tmp_path / "native", tmp_path / "back", "bitsandbytes")
 
 
 @pytest.mark.parametrize("name", ["nf4", "fp4-double"])

@@ -193,10 +193,11 @@ def test_products_of_few_tokens_keep_nothing_where_nothing_is_dequantized_for_th
         return y
 
     want = loss_and_gradients(model, x, lambda x: run(noop_context_fn))
-    assert len(made) == len(layers)  # for the backward pass
+    once = len(layers) if device == "cpu" else 0  # for the backward pass, for which a device has a fused kernel, too
+    assert len(made) == once
     got = loss_and_gradients(model, x, lambda x: run(keep_dequantized))
-    assert len(made) == 2 * len(layers)
-    assert made.most_alive == 1
+    assert len(made) == 2 * once
+    assert made.most_alive == min(1, once)
     assert equal(got, want)
 
 

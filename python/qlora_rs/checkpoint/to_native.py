@@ -14,6 +14,7 @@ from qlora_rs.checkpoint.inspection import PARTS, TensorRow
 from qlora_rs.checkpoint.job import Job
 from qlora_rs.checkpoint.shards import PlannedTensor, plan_grouped_shards
 from qlora_rs.checkpoint.source import FORMAT_VERSION, unquantized_config
+from qlora_rs.checkpoint.to_bitsandbytes import settings_to_keep
 from qlora_rs.checkpoint.writing import ModelPlan
 from qlora_rs.errors import UnsupportedError
 from qlora_rs.packed import PackedShapes
@@ -68,13 +69,15 @@ def plan_native(
         if row.transposed:
             metadata[f"{row.name}.transposed"] = "true"
     job.require_distinct(tensor for group in together for tensor in group)
+    stays = list(not_packed(job, notes) if not_converted is None else not_converted)
     config = {
         **unquantized_config(job.source.config),
         "quantization_config": {
             "quant_method": NATIVE,
             **job.spec.to_config(),
-            "modules_to_not_convert": list(not_packed(job, notes) if not_converted is None else not_converted),
+            "modules_to_not_convert": stays,
             "format_version": FORMAT_VERSION,
+            **settings_to_keep(job, stays),
         },
     }
     shards = plan_grouped_shards(together, job.max_shard_size)

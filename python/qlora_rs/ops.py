@@ -217,7 +217,7 @@ def dequantized(packed: Sequence[Any], dtype: torch.dtype) -> Tensor:
 
 def dense_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x W^T + b over a weight in x's type."""
-    # Contiguous, so that a strided x has the bits of its copy.
+    # Contiguous, so that a strided x goes the way of its copy.
     return torch.nn.functional.linear(x.contiguous(), weight, None if bias is None else bias.to(x.dtype))
 
 

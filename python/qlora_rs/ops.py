@@ -38,8 +38,13 @@ _library.define(f"flat_linear(Tensor x, {_FLAT}, {_SPEC}, Tensor? bias) -> Tenso
 _library.define(f"flat_linear_backward(Tensor grad, {_FLAT}, {_SPEC}) -> Tensor")
 
 
+def _spec(quant_type: str, block_size: int, double_quant: bool, codebook: Sequence[float] | None) -> QuantSpec:
+    """A spec of the arguments that operators take."""
+    return _known_spec(quant_type, block_size, double_quant, None if codebook is None else tuple(codebook))
+
+
 @lru_cache(maxsize=256)
-def _spec(quant_type: str, block_size: int, double_quant: bool, codebook: tuple[float, ...] | None) -> QuantSpec:
+def _known_spec(quant_type: str, block_size: int, double_quant: bool, codebook: tuple[float, ...] | None) -> QuantSpec:
     return QuantSpec(quant_type, block_size, double_quant, codebook)
 
 
@@ -62,7 +67,7 @@ def _checked(
     if (absmax_scale is None) != (absmax_offset is None):
         raise ValueError("absmax_scale and absmax_offset come together or not at all")
     nested = absmax_scale is not None
-    spec = _spec(quant_type, block_size, nested, None if codebook is None else tuple(codebook))
+    spec = _spec(quant_type, block_size, nested, codebook)
     shapes = PackedShapes.of((*codes.shape[:-1], columns), spec)
     scales = (torch.float32, torch.int32)
     device = codes.device
@@ -108,7 +113,7 @@ def _(
     codebook: Sequence[float] | None,
     check_finite: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    spec = _spec(quant_type, block_size, double_quant, None if codebook is None else tuple(codebook))
+    spec = _spec(quant_type, block_size, double_quant, codebook)
     shapes = PackedShapes.of(tuple(weight.shape), spec)
     codes = weight.new_empty(shapes.codes, dtype=torch.uint8)
     absmax = weight.new_empty(shapes.absmax, dtype=torch.uint8 if double_quant else torch.float32)
@@ -131,7 +136,7 @@ def _quantize(
             f"expected a float32, bfloat16 or float16 weight of shape (..., out, in), got {weight.dtype} "
             f"{list(weight.shape)}"
         )
-    spec = _spec(quant_type, block_size, double_quant, None if codebook is None else tuple(codebook))
+    spec = _spec(quant_type, block_size, double_quant, codebook)
     return _bridge.quantize(weight, spec, check_finite)
 
 
@@ -202,7 +207,7 @@ def linear(x: Tensor, packed: Sequence[Any], bias: Tensor | None, dequantize: De
     if x.is_cuda and x.dtype in FLOAT_DTYPES:
         return device_linear(x, _device_weight(*packed), bias, dequantize)
     _expect_width("x", "in_features", x, packed[4])
-    if _fuses_on_cpu(x, *packed):
+    if _fuses_on_cpu(x, packed):
         spec = _checked(*packed)
         codes, absmax, scale, offset = packed[:4]
         return _bridge.linear_cpu(x, codes, absmax, scale, offset, spec, None if bias is None else bias.to(x.dtype))
@@ -253,22 +258,14 @@ def most_fused_tokens(spec: QuantSpec, dtype: torch.dtype) -> int:
     return spec.core().most_fused_tokens(DTYPE_CODES[dtype])
 
 
-def _fuses_on_cpu(
-    x: Tensor,
-    codes: Tensor,
-    absmax: Tensor,
-    absmax_scale: Tensor | None,
-    absmax_offset: Tensor | None,
-    columns: int,
-    quant_type: str,
-    block_size: int,
-    codebook: Sequence[float] | None,
-) -> bool:
+def _fuses_on_cpu(x: Tensor, packed: Sequence[Any]) -> bool:
     """Is a product made without dequantizing the weight first?"""
+    codes, _, scale, _, columns, quant_type, block_size, codebook = packed
     if x.dtype not in FLOAT_DTYPES or not x.device.type == codes.device.type == "cpu" or codes.ndim != 2:
         return False
-    spec = _spec(quant_type, block_size, absmax_scale is not None, None if codebook is None else tuple(codebook))
-    return 0 < x.numel() <= most_fused_tokens(spec, x.dtype) * columns
+    spec = _spec(quant_type, block_size, scale is not None, codebook)
+    few: bool = 0 < x.numel() <= most_fused_tokens(spec, x.dtype) * columns
+    return few
 
 
 def _expect_width(name: str, meaning: str, x: Tensor, expected: int) -> None:

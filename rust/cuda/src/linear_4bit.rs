@@ -1,5 +1,7 @@
 //! Launches `kernels/linear_4bit_*.cu` and `kernels/gemm_4bit_*.cu`: products of few tokens with a packed weight.
 
+use std::ffi::c_void;
+
 use qlora_core::{FloatType, Layout, QuantSpec};
 
 use crate::context::{Device, device};
@@ -8,7 +10,8 @@ use crate::error::CudaError;
 use crate::heuristics::{MOST_TOKENS, Plan, Product, Target, plan, supported, worthwhile};
 use crate::launch::{DevicePtr, Grid, Queue, arg, launch};
 use crate::modules::{
-    GEMM_BF16, GEMM_F16, GEMM_HOPPER_BF16, GEMM_HOPPER_F16, KernelFile, LINEAR_BF16, LINEAR_F16, LINEAR_HOPPER_BF16,
+    GEMM_BF16, GEMM_F16, GEMM_HOPPER_BF16, GEMM_HOPPER_F16, KernelFile, LINEAR_BACKWARD_BF16, LINEAR_BACKWARD_F16,
+    LINEAR_BACKWARD_HOPPER_BF16, LINEAR_BACKWARD_HOPPER_F16, LINEAR_BF16, LINEAR_F16, LINEAR_HOPPER_BF16,
     LINEAR_HOPPER_F16, LINEAR_WIDE_BF16, LINEAR_WIDE_F16,
 };
 
@@ -53,14 +56,22 @@ pub struct Operands {
 /// # Errors
 /// [`CudaError`]: the device.
 pub fn most_fused_tokens(ordinal: i32, spec: &QuantSpec, layout: &Layout, codes: DevicePtr) -> Result<u32, CudaError> {
+    most_tokens(ordinal, spec, layout, codes, |product, target| supported(product, target) && worthwhile(product))
+}
+
+/// The most tokens of which a kernel takes this weight; 0: none does.
+pub(crate) fn most_tokens(
+    ordinal: i32,
+    spec: &QuantSpec,
+    layout: &Layout,
+    codes: DevicePtr,
+    takes: impl Fn(&Product, &Target) -> bool,
+) -> Result<u32, CudaError> {
     let target = target(device(ordinal)?);
     if layout.bits() != 4 || layout.experts() != 1 || !codes.is_multiple_of(ALIGNMENT) {
         return Ok(0);
     }
-    let takes = |&tokens: &u32| {
-        let product = product(spec, layout, tokens, false);
-        supported(&product, &target) && worthwhile(&product)
-    };
+    let takes = |&tokens: &u32| takes(&product(spec, layout, tokens, false), &target);
     Ok((1..=MOST_TOKENS).rev().find(takes).unwrap_or(0))
 }
 
@@ -91,8 +102,6 @@ pub unsafe fn linear_4bit(
         return Err(CudaError::Unsupported(format!("no fused kernel for {product:?}: dequantize the weight instead")));
     }
     let plan = plan(&product, &target);
-    let (file, stem) = file(&plan, dtype)?;
-    let _entered = device.enter()?;
     let (tokens, rank) = (tokens.cast_signed(), lora.rank);
     let (rows, columns) = (layout.rows() as i64, layout.cols() as i64);
     let block_shift = spec.block_size().trailing_zeros().cast_signed();
@@ -115,6 +124,24 @@ pub unsafe fn linear_4bit(
         arg(&block_shift),
         arg(&table),
     ];
+    // SAFETY: the arguments are LINEAR_4BIT_PARAMETERS of linear_4bit_problem.cuh; the caller vouches for the memory.
+    unsafe { launch_plan(device, &plan, dtype, settled, queue, &mut args) }
+}
+
+/// Queue what a plan says; where the weight is `settled`, over the end of the kernel before.
+///
+/// # Safety
+/// As [`launch`], of the plan's kernel; where `settled`, nothing that is queued or runs writes to the weight.
+pub(crate) unsafe fn launch_plan(
+    device: &Device,
+    plan: &Plan,
+    dtype: FloatType,
+    settled: bool,
+    queue: Queue,
+    args: &mut [*mut c_void],
+) -> Result<(), CudaError> {
+    let (file, stem) = file(plan, dtype)?;
+    let _entered = device.enter()?;
     let grid = Grid {
         ctas: plan.grid,
         shared_bytes: plan.shared_bytes,
@@ -122,8 +149,8 @@ pub unsafe fn linear_4bit(
         overlap: settled && device.overlaps(),
         ..Grid::new((1, 1), plan.threads)
     };
-    // SAFETY: the arguments are LINEAR_4BIT_PARAMETERS of linear_4bit_problem.cuh; the caller vouches for the memory.
-    unsafe { launch(device.function(file, (stem, plan.entry))?, grid, queue, &mut args) }
+    // SAFETY: the caller's promise.
+    unsafe { launch(device.function(file, (stem, plan.entry))?, grid, queue, args) }
 }
 
 pub(crate) fn product(spec: &QuantSpec, layout: &Layout, tokens: u32, lora: bool) -> Product {
@@ -142,7 +169,7 @@ pub(crate) fn target(device: &Device) -> Target {
 }
 
 /// The kernels of a plan for a type, and what their names begin with.
-fn file(plan: &Plan, dtype: FloatType) -> Result<(&'static KernelFile, &'static str), CudaError> {
+pub(crate) fn file(plan: &Plan, dtype: FloatType) -> Result<(&'static KernelFile, &'static str), CudaError> {
     match (plan.file, dtype) {
         ("linear_4bit", FloatType::Bf16) => Ok((&LINEAR_BF16, "linear_4bit_bf16")),
         ("linear_4bit", FloatType::F16) => Ok((&LINEAR_F16, "linear_4bit_f16")),
@@ -154,6 +181,14 @@ fn file(plan: &Plan, dtype: FloatType) -> Result<(&'static KernelFile, &'static 
         ("gemm_4bit", FloatType::F16) => Ok((&GEMM_F16, "gemm_4bit_f16")),
         ("gemm_4bit_sm90", FloatType::Bf16) => Ok((&GEMM_HOPPER_BF16, "gemm_4bit_sm90_bf16")),
         ("gemm_4bit_sm90", FloatType::F16) => Ok((&GEMM_HOPPER_F16, "gemm_4bit_sm90_f16")),
+        ("linear_backward_4bit", FloatType::Bf16) => Ok((&LINEAR_BACKWARD_BF16, "linear_backward_4bit_bf16")),
+        ("linear_backward_4bit", FloatType::F16) => Ok((&LINEAR_BACKWARD_F16, "linear_backward_4bit_f16")),
+        ("linear_backward_4bit_sm90", FloatType::Bf16) => {
+            Ok((&LINEAR_BACKWARD_HOPPER_BF16, "linear_backward_4bit_sm90_bf16"))
+        }
+        ("linear_backward_4bit_sm90", FloatType::F16) => {
+            Ok((&LINEAR_BACKWARD_HOPPER_F16, "linear_backward_4bit_sm90_f16"))
+        }
         (file, _) => Err(CudaError::Unsupported(format!("{file} has no kernel for {dtype:?}: dequantize instead"))),
     }
 }

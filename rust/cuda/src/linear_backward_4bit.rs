@@ -5,12 +5,9 @@ use qlora_core::{FloatType, Layout, QuantSpec};
 use crate::context::device;
 use crate::dequantize::{DeviceScales, table};
 use crate::error::CudaError;
-use crate::heuristics::{MOST_TOKENS, Plan, backward_plan, backward_supported, backward_worthwhile};
-use crate::launch::{DevicePtr, Grid, Queue, arg, launch};
-use crate::linear_4bit::{ALIGNMENT, product, target};
-use crate::modules::{
-    KernelFile, LINEAR_BACKWARD_BF16, LINEAR_BACKWARD_F16, LINEAR_BACKWARD_HOPPER_BF16, LINEAR_BACKWARD_HOPPER_F16,
-};
+use crate::heuristics::{backward_plan, backward_supported, backward_worthwhile};
+use crate::launch::{DevicePtr, Queue, arg};
+use crate::linear_4bit::{ALIGNMENT, launch_plan, most_tokens, product, target};
 
 /// What is multiplied, and where the product goes.
 #[derive(Debug, Clone, Copy)]
@@ -37,15 +34,9 @@ pub fn most_fused_backward_tokens(
     layout: &Layout,
     codes: DevicePtr,
 ) -> Result<u32, CudaError> {
-    let target = target(device(ordinal)?);
-    if layout.bits() != 4 || layout.experts() != 1 || !codes.is_multiple_of(ALIGNMENT) {
-        return Ok(0);
-    }
-    let takes = |&tokens: &u32| {
-        let product = product(spec, layout, tokens, false);
-        backward_supported(&product, &target) && backward_worthwhile(&product, &target)
-    };
-    Ok((1..=MOST_TOKENS).rev().find(takes).unwrap_or(0))
+    most_tokens(ordinal, spec, layout, codes, |product, target| {
+        backward_supported(product, target) && backward_worthwhile(product, target)
+    })
 }
 
 /// dx = dy W in one kernel, for shapes that `backward_supported` of heuristics.rs names.
@@ -75,8 +66,6 @@ pub unsafe fn linear_backward_4bit(
         )));
     }
     let plan = backward_plan(&product, &target);
-    let (file, stem) = file(&plan, dtype)?;
-    let _entered = device.enter()?;
     let tokens = tokens.cast_signed();
     let (rows, columns) = (layout.rows() as i64, layout.cols() as i64);
     let block_shift = spec.block_size().trailing_zeros().cast_signed();
@@ -94,37 +83,16 @@ pub unsafe fn linear_backward_4bit(
         arg(&block_shift),
         arg(&table),
     ];
-    let grid = Grid {
-        ctas: plan.grid,
-        shared_bytes: plan.shared_bytes,
-        cluster: plan.grid.2,
-        overlap: settled && device.overlaps(),
-        ..Grid::new((1, 1), plan.threads)
-    };
     // SAFETY: the arguments are LINEAR_BACKWARD_4BIT_PARAMETERS of linear_backward_4bit_problem.cuh; the caller vouches for
     // the memory.
-    unsafe { launch(device.function(file, (stem, plan.entry))?, grid, queue, &mut args) }
-}
-
-/// The kernels of a plan for a type, and what their names begin with.
-fn file(plan: &Plan, dtype: FloatType) -> Result<(&'static KernelFile, &'static str), CudaError> {
-    match (plan.file, dtype) {
-        ("linear_backward_4bit", FloatType::Bf16) => Ok((&LINEAR_BACKWARD_BF16, "linear_backward_4bit_bf16")),
-        ("linear_backward_4bit", FloatType::F16) => Ok((&LINEAR_BACKWARD_F16, "linear_backward_4bit_f16")),
-        ("linear_backward_4bit_sm90", FloatType::Bf16) => {
-            Ok((&LINEAR_BACKWARD_HOPPER_BF16, "linear_backward_4bit_sm90_bf16"))
-        }
-        ("linear_backward_4bit_sm90", FloatType::F16) => {
-            Ok((&LINEAR_BACKWARD_HOPPER_F16, "linear_backward_4bit_sm90_f16"))
-        }
-        (file, _) => Err(CudaError::Unsupported(format!("{file} has no kernel for {dtype:?}: dequantize instead"))),
-    }
+    unsafe { launch_plan(device, &plan, dtype, settled, queue, &mut args) }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::heuristics::{Product, Target};
+    use crate::heuristics::{MOST_TOKENS, Product, Target};
+    use crate::linear_4bit::file;
 
     /// A plan names a kernel by strings: each must be in the PTX that its device would load.
     #[test]
